@@ -1,0 +1,29 @@
+# make demo    train the addition model, make it sparse, draw the pictures
+# make test    run the tests
+# make .venv   only install what both need
+# make clean   remove the demo's results (not .venv, not other runs)
+
+PYTHON ?= python3
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	@if [ -f data/addition/meta.json ]; then echo "data/addition is there: reused"; \
+	else .venv/bin/python data/prepare.py addition; fi
+	@.venv/bin/python train.py addition $(if $(wildcard out/addition/last.pt),--resume)
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+.PHONY: .venv
+.venv: .venv/installed
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "error: $(PYTHON) is older than Python 3.10: make PYTHON=/path/to/a/newer/python3"; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf out/addition data/addition

@@ -1,0 +1,62 @@
+"""
+Minimise a cost while a loss stays under a bound.
+
+Sparsity is not traded for loss at some fixed exchange rate; it is bought with whatever slack the loss has:
+
+    minimise  cost   subject to   loss <= bound            (GECO; Rezende and Viola 2018, arXiv 1810.00597)
+
+The Lagrangian  L = cost + multiplier * (loss - bound)  turns this into a game. The model descends on L; the multiplier,
+the price of loss in units of cost, ascends on it: dL/d(multiplier) = loss - bound, so it grows while the loss is too
+high and shrinks while there is slack. At rest the loss sits on the bound, and the price is the exact one that holds it
+there.
+
+Nothing here knows of attention: cost and loss are any two scalars.
+"""
+
+import math
+
+
+class LossBound:
+    """The multiplier of one bounded loss, moved by dual ascent.
+
+        bound    the loss not to exceed, in nats (or any unit that the loss has)
+        scale    a violation that counts as large, in the same unit; violations are clipped to it
+        rate     how far log(multiplier) moves in one step under a violation of `scale`
+        decay    of the running average of the loss: it forgets over about 1 / (1 - decay) steps
+        log_min, log_max    clamp on log(multiplier)
+
+    How `update` follows: a price must be positive, so ascend on its logarithm, log m. A single batch is noisy, so use the
+    running average of the loss. The step is rate * (average - bound) / scale, clipped to [-rate, rate], because early
+    violations are a hundred times the later ones and would wind the price up; the clamp keeps a long phase on one side of
+    the bound from doing the same.
+    """
+
+    def __init__(self, bound, scale=0.05, rate=0.01, decay=0.9, log_min=-6.0, log_max=3.0, log_multiplier=0.0):
+        self.bound, self.scale, self.rate, self.decay = bound, scale, rate, decay
+        self.log_min, self.log_max = log_min, log_max
+        self.log_multiplier = log_multiplier
+        self.average = None  # of the loss; None before the first update
+
+    @property
+    def multiplier(self):
+        return math.exp(self.log_multiplier)
+
+    def lagrangian(self, cost, loss):
+        """cost + multiplier * (loss - bound), divided by 1 + multiplier so that the gradient has the same size whatever
+        the price. Scalars in, a scalar to minimise out; tensors keep their gradient."""
+        return (cost + self.multiplier * (loss - self.bound)) / (1 + self.multiplier)
+
+    def update(self, loss):
+        """Move the multiplier after a step that had this loss (a number)."""
+        self.average = loss if self.average is None else self.decay * self.average + (1 - self.decay) * loss
+        violation = (self.average - self.bound) / self.scale
+        step = self.rate * min(max(violation, -1.0), 1.0)
+        self.log_multiplier = min(max(self.log_multiplier + step, self.log_min), self.log_max)
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        if set(state) != set(vars(self)):
+            raise ValueError(f"a LossBound holds {sorted(vars(self))}, the saved state holds {sorted(state)}")
+        vars(self).update(state)

@@ -1,0 +1,145 @@
+"""
+Gates on attention edges: which query may read which key, learned as a yes-or-no per edge.
+
+An edge is one (layer, head, query i, key j <= i). Its gate is a random number in [0, 1] that multiplies the attention
+weight of the edge after the softmax. The gate has no parameters of its own apart from one bias per head; its logit is
+the attention score itself,
+
+    log_alpha_ij = q_i . k_j / sqrt(D) + bias,          y_i = sum_j softmax(scores)_ij * z_ij * v_j,
+
+so the model opens and closes an edge by moving the query and the key. The softmax runs over all keys and nothing is
+renormalised afterwards: a query may end with no edge at all, and then its head writes zero.
+(Sparse Attention Post-Training for Mechanistic Interpretability, arXiv 2512.05865)
+
+To try a gate of your own, write a class with `sample`, `deterministic` and `open_probability`, and add it to GATES.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class HardConcrete:
+    """A sigmoid with noise, stretched to (gamma, zeta) and clipped to [0, 1]: exact zeros and exact ones, each with
+    positive probability, and a gradient in between. (Louizos, Welling, Kingma 2018, arXiv 1712.01312, section 2.2)
+
+    All methods work elementwise on log_alpha, a float tensor of any shape, and return a tensor of that shape.
+    """
+
+    def __init__(self, beta=2 / 3, gamma=-0.1, zeta=1.1):
+        self.beta, self.gamma, self.zeta = beta, gamma, zeta
+
+    def _stretch(self, s):
+        return (s * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
+
+    def sample(self, log_alpha, u=None):
+        """The gate while training: z = stretch(sigmoid((logit(u) + log_alpha) / beta)), u uniform on (0, 1)."""
+        u = torch.rand_like(log_alpha) if u is None else u
+        return self._stretch(torch.sigmoid((torch.logit(u) + log_alpha) / self.beta))
+
+    def deterministic(self, log_alpha):
+        """The gate while evaluating: no noise and no temperature. The edge is open where it is above zero."""
+        return self._stretch(torch.sigmoid(log_alpha))
+
+    def open_probability(self, log_alpha):
+        """P(z != 0) = sigmoid(log_alpha - beta * log(-gamma / zeta)); summed over edges, their expected number."""
+        return torch.sigmoid(log_alpha - self.beta * math.log(-self.gamma / self.zeta))
+
+
+class Bernoulli:
+    """The paper's own gate: a fair coin weighted by sigmoid(log_alpha), 0 or 1 in the forward pass, with the gradient of
+    the sigmoid in the backward pass (straight-through). Same methods and shapes as HardConcrete."""
+
+    def sample(self, log_alpha, u=None):
+        """The gate while training: 1[x > 0] with x = log_alpha + logit(u), u uniform on (0, 1). Its gradient is not that
+        of the step, which is zero, but that of sigmoid(x)."""
+        u = torch.rand_like(log_alpha) if u is None else u
+        x = log_alpha + torch.logit(u)
+        soft = torch.sigmoid(x)
+        return (x > 0).to(soft.dtype) + (soft - soft.detach())  # the bracket is zero, but its gradient is not
+
+    def deterministic(self, log_alpha):
+        """The gate while evaluating: 1[log_alpha > 0]."""
+        return (log_alpha > 0).to(log_alpha.dtype)
+
+    def open_probability(self, log_alpha):
+        """P(z = 1) = sigmoid(log_alpha)."""
+        return torch.sigmoid(log_alpha)
+
+
+GATES = {"hard_concrete": HardConcrete, "bernoulli": Bernoulli}
+
+
+def edge_penalty(gate, log_alpha, slope=0.3):
+    """What one edge costs: its probability of being open, plus a small slope that an open edge cannot escape. Same shape
+    as log_alpha.
+
+    The probability alone is flat where it is near 1, so gates that start wide open would feel no pull; softplus(x) =
+    log(1 + exp(x)) keeps pulling there and vanishes, like the probability, once the gate is closed."""
+    return gate.open_probability(log_alpha) + slope * F.softplus(log_alpha)
+
+
+class AttentionStats(NamedTuple):
+    """Figures of one layer's gates, each of shape (H,). Edges are fractions of the causal pairs, means over the batch."""
+
+    penalty: torch.Tensor  # mean edge_penalty: what training lowers, the only one with a gradient
+    expected_edges: torch.Tensor  # mean P(z != 0)
+    hard_edges: torch.Tensor  # fraction whose deterministic gate is above zero: the number to quote
+    empty_rows: torch.Tensor  # fraction of queries with no open edge
+    mass_removed: torch.Tensor  # mean attention weight per query that closed edges took away
+
+
+def causal_mask(n_queries, n_keys, device=None):
+    """(n_queries, n_keys) bool, True where the key is not later than the query. The queries are the last n_queries of the
+    n_keys positions, so that generation can ask for one new row."""
+    return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+
+
+def attention_pattern(q, k, bias=0.0):
+    """Softmax attention and the gates' logits, before any gate is applied.
+
+    q: (B, H, Tq, D), k: (B, H, Tk, D), bias: (H,) or a number -> pattern, log_alpha, both (B, H, Tq, Tk), at least float32.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, Tq, Tk)
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()  # the gates' noise needs more than 8 bits
+    mask = causal_mask(q.size(-2), k.size(-2), q.device)
+    pattern = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    bias = bias[:, None, None] if torch.is_tensor(bias) else bias
+    return pattern, scores + bias
+
+
+def gated_attention(q, k, v, bias, gate, training, u=None):
+    """Causal attention with a gate on every edge; the reference that any faster path must reproduce.
+
+    q, k, v: (B, H, T, D); bias: (H,), added to the scores to give the gates' logits; gate: one of GATES, an instance;
+    training: sample the gates (True) or take the deterministic ones; u: (B, H, T, T) uniforms in (0, 1) to sample with,
+    drawn if None. Returns y: (B, H, T, D) and AttentionStats. During generation q may hold only the last positions.
+    """
+    pattern, log_alpha = attention_pattern(q, k, bias)
+    z = gate.sample(log_alpha, u) if training else gate.deterministic(log_alpha)  # (B, H, T, T)
+    y = (pattern * z).to(v.dtype) @ v  # the pattern is zero above the diagonal, whatever the gates are there
+    return y, attention_stats(pattern, log_alpha, gate)
+
+
+def attention_stats(pattern, log_alpha, gate):
+    """AttentionStats of gates with logits log_alpha on an attention pattern, both (B, H, Tq, Tk)."""
+    B, H, Tq, Tk = log_alpha.shape
+    mask = causal_mask(Tq, Tk, log_alpha.device)
+    n_pairs = B * mask.sum()
+
+    def mean_over_pairs(x):
+        return (x * mask).sum(dim=(0, 2, 3)) / n_pairs  # (H,)
+
+    penalty = mean_over_pairs(edge_penalty(gate, log_alpha))
+    with torch.no_grad():
+        open_edges = (gate.deterministic(log_alpha) > 0) & mask
+        return AttentionStats(
+            penalty=penalty,
+            expected_edges=mean_over_pairs(gate.open_probability(log_alpha)),
+            hard_edges=mean_over_pairs(open_edges),
+            empty_rows=1 - open_edges.any(dim=-1).float().mean(dim=(0, 2)),
+            mass_removed=1 - (pattern * open_edges).sum(dim=-1).mean(dim=(0, 2)),
+        )

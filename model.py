@@ -1,0 +1,338 @@
+"""
+A GPT, as GPT-2 and nanoGPT define it, whose attention may carry gates.
+
+With gate="none" this is plain GPT-2 on PyTorch's fused attention. With a gate, every head gets one more parameter (the
+gates' bias) and calls gates.gated_attention instead. Nothing else differs, so the weights of a dense model load into a
+gated one, which is how post-training begins.
+
+Shapes: B batch, T positions, C width (n_embd), H heads, D = C / H, L layers, V vocabulary.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError
+from gates import GATES, AttentionStats, attention_pattern, causal_mask, gated_attention
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorms, as GPT-2 has it
+    gate: str = "none"  # or a name in gates.GATES
+    gate_bias: float = 5.0  # where every head's gate bias starts: large enough that all edges are open
+
+    def __post_init__(self):
+        problems = config_problems(self)
+        if problems:
+            raise UserError("; ".join(problems))
+
+
+def config_problems(config):
+    """Sentences that say why no GPT can be built from this config (any object with GPTConfig's fields); [] if one can."""
+    problems = []
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        if getattr(config, name, 1) < 1:
+            problems.append(f"{name} is {getattr(config, name)}: give at least 1")
+    if not problems and config.n_embd % config.n_head:
+        divisors = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
+        nearest = min(divisors, key=lambda h: abs(h - config.n_head))
+        problems.append(
+            f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: "
+            f"give for instance n_head {nearest}, or n_embd {config.n_head * max(1, config.n_embd // config.n_head)}"
+        )
+    if not 0 <= config.dropout < 1:
+        problems.append(f"dropout is {config.dropout}: give a fraction from 0 up to, not including, 1")
+    if config.gate != "none" and config.gate not in GATES:
+        problems.append(f"gate is {config.gate!r}: choose one of none, {', '.join(GATES)}")
+    return problems
+
+
+class Attention(nn.Module):
+    """Causal self-attention, dense or gated. (B, T, C) -> (B, T, C) and AttentionStats."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.gate = None
+        if config.gate != "none":
+            self.gate = GATES[config.gate]()
+            self.gate_bias = nn.Parameter(torch.full((config.n_head,), float(config.gate_bias)))
+
+    def qkv(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        return [t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)]  # (B, H, T, D) each
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x)
+        if cache is not None:  # generation: x holds only new positions, the cache the keys and values of the old ones
+            k, v = cache.extend(self, k, v)
+        if self.gate is not None:  # no dropout on gated attention: the gates' noise takes its place
+            y, stats = gated_attention(q, k, v, self.gate_bias, self.gate, self.training)
+        else:
+            mask = None if T == k.size(2) else causal_mask(T, k.size(2), x.device)
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+            stats = dense_stats(self.n_head, x.device)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y)), stats
+
+
+def dense_stats(n_head, device):
+    """AttentionStats of attention without gates: every edge is there."""
+    one, zero = torch.ones(n_head, device=device), torch.zeros(n_head, device=device)
+    return AttentionStats(penalty=one, expected_edges=one, hard_edges=one, empty_rows=zero, mass_removed=zero)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))  # GPT-2's GELU is the tanh one
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        y, stats = self.attn(self.ln_1(x), cache)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), stats
+
+
+class AttentionRecord(NamedTuple):
+    """What every head does with one batch; each (L, B, H, T, T), rows are queries, columns keys."""
+
+    pattern: torch.Tensor  # softmax attention before the gates
+    gate: torch.Tensor  # deterministic gates in [0, 1]; zero above the diagonal; one everywhere below if dense
+
+    @property
+    def edges(self):
+        return self.gate > 0
+
+    def first_sequence(self):
+        """(effective weight = pattern * gate, edges) of the batch's first sequence, NumPy arrays (L, H, T, T), for plots."""
+        return (self.pattern * self.gate)[:, 0].cpu().numpy(), self.edges[:, 0].cpu().numpy()
+
+
+class KVCache:
+    """Keys and values of the positions that generation has already seen, per attention layer."""
+
+    def __init__(self):
+        self.length, self._store = 0, {}
+
+    def extend(self, layer, k, v):
+        if layer in self._store:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(self._store[layer], (k, v)))
+        self._store[layer] = (k, v)
+        return k, v
+
+
+class GPT(nn.Module):
+    """Parameter names and shapes are those of GPT-2's checkpoints, but for linear weights, which are (out, in) here."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the read-out: the weights are tied
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self._initialise()
+
+    def _initialise(self):
+        """GPT-2's: normal(0, 0.02), biases zero, and the layers that write to the residual stream scaled down by
+        1 / sqrt(2 L), so that its variance does not grow with depth."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None, return_stats=False, cache=None):
+        """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted.
+
+        With targets: logits (B, T, V) and the mean loss in nats per predicted token. Without: logits (B, 1, V) of the last
+        position and None. With return_stats also AttentionStats stacked to (L, H). train() samples gates, eval() takes the
+        deterministic ones. Raises UserError for more positions than block_size.
+        """
+        start = 0 if cache is None else cache.length
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise UserError(f"{start + T} tokens do not fit the model's block_size {self.config.block_size}: shorten them")
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(start, start + T, device=idx.device)))  # (B, T, C)
+        layer_stats = []
+        for block in self.h:
+            x, stats = block(x, cache)
+            layer_stats.append(stats)
+        if cache is not None:
+            cache.length += T
+        x = self.ln_f(x if targets is not None else x[:, -1:])
+        logits = F.linear(x, self.wte.weight)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        if not return_stats:
+            return logits, loss
+        return logits, loss, AttentionStats(*(torch.stack(figures) for figures in zip(*layer_stats)))  # (L, H) each
+
+    @torch.no_grad()
+    def attention(self, idx):
+        """AttentionRecord of tokens idx (B, T): patterns and deterministic gates of every layer and head."""
+        was_training = self.training
+        self.eval()
+        x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        patterns, gates = [], []
+        for block in self.h:
+            q, k, _ = block.attn.qkv(block.ln_1(x))
+            mask = causal_mask(idx.size(1), idx.size(1), idx.device)
+            if block.attn.gate is None:
+                pattern, _ = attention_pattern(q, k)
+                z = torch.ones_like(pattern)
+            else:
+                pattern, log_alpha = attention_pattern(q, k, block.attn.gate_bias)
+                z = block.attn.gate.deterministic(log_alpha)
+            patterns.append(pattern)
+            gates.append(z * mask)
+            x, _ = block(x)
+        self.train(was_training)
+        return AttentionRecord(torch.stack(patterns), torch.stack(gates))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx: (B, T) prompt -> (B, T + max_new_tokens). temperature 0 is greedy; top_k keeps the k likeliest tokens.
+
+        Each step runs the model on the newest token only and takes the rest from a key/value cache. Past block_size the
+        window slides by one, all positions change, and the cache is rebuilt."""
+        was_training = self.training
+        self.eval()
+        cache, new = KVCache(), idx
+        for _ in range(max_new_tokens):
+            if cache.length + new.size(1) > self.config.block_size:
+                cache, new = KVCache(), idx[:, -self.config.block_size :]
+            logits = self(new, cache=cache)[0][:, -1]  # (B, V)
+            new = pick_token(logits, temperature, top_k)
+            idx = torch.cat([idx, new], dim=1)
+        self.train(was_training)
+        return idx
+
+    @classmethod
+    def from_pretrained(cls, source, **overrides):
+        """The model of one of this project's checkpoints, in eval mode. source: its path; overrides: GPTConfig fields, for
+        instance gate="hard_concrete" to put gates on a dense model. Raises UserError if the file is missing or is none."""
+        return cls.from_checkpoint(load_checkpoint(source), source, **overrides)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, source="the checkpoint", **overrides):
+        """As from_pretrained, from what load_checkpoint returned."""
+        try:
+            model = cls(GPTConfig(**{**checkpoint["model_config"], **overrides}))
+            missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
+        except (RuntimeError, TypeError, KeyError) as error:  # a wrong shape, an unknown field
+            raise UserError(f"{source} does not hold a model of this version: {str(error).splitlines()[-1].strip()}")
+        missing = [name for name in missing if not name.endswith("gate_bias")]  # gates may be new
+        unexpected = [name for name in unexpected if not name.endswith("gate_bias")]  # or left out
+        if missing or unexpected:
+            raise UserError(f"{source} is not a checkpoint of this model: tensor {(missing + unexpected)[0]} does not match")
+        return model.eval()
+
+
+def pick_token(logits, temperature, top_k):
+    """logits: (B, V) -> (B, 1) tokens."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+
+def checkpoint_of(model, tokenizer, trained_on):
+    """What a finished model's file holds: tensors and plain values only. tokenizer: the dataset's meta.json;
+    trained_on: plain values that identify the run."""
+    return {
+        "format": "nanosparse model",
+        "model_config": asdict(model.config),
+        "model": model.state_dict(),
+        "tokenizer": tokenizer,
+        "trained_on": trained_on,
+    }
+
+
+def save_checkpoint(checkpoint, path):
+    """Write to a temporary file beside path, then rename: whoever interrupts it, path holds the old or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, format="nanosparse model"):
+    """A dict that save_checkpoint wrote, on the CPU. Never unpickles code. Raises UserError if it is none of this format."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train one with `python train.py`, or check the path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types for a damaged file
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__}): restore it or train again")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
+        raise UserError(f"{path} is no {format}: give a file that train.py wrote, such as dense.pt or sparse.pt")
+    return checkpoint
+
+
+def find_device(name):
+    """auto -> the best device that this machine has; any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_problems(name):
+    """Sentences that say why this device cannot be used; [] if it can."""
+    if name in ("auto", "cpu") or (name == "mps" and torch.backends.mps.is_available()):
+        return []
+    if name == "cuda" or name.startswith("cuda:") and name[5:].isdigit():
+        n = torch.cuda.device_count()
+        if int(name[5:] or 0) < n:
+            return []
+        return [f"--device is {name}, but PyTorch sees {n} CUDA devices here: choose auto or cpu"]
+    return [f"--device is {name!r}: choose auto, cpu, cuda, cuda:N" + ("; there is no mps here" if name == "mps" else " or mps")]

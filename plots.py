@@ -1,0 +1,147 @@
+"""
+Every picture of the project: each function takes numbers and returns a matplotlib figure; `save` writes it.
+
+Colours are from Okabe and Ito's palette and matplotlib's "Blues", which colour-blind readers can tell apart.
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: works without a screen
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
+from matplotlib.patches import Arc
+
+from config import UserError
+
+HEAD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]
+CLOSED = "#f0f0f0"  # a causal pair without an edge
+# from a visible blue up, so that an open edge of weight zero still differs from a closed one
+WEIGHT_COLOURS = LinearSegmentedColormap.from_list("weight", plt.get_cmap("Blues")(np.linspace(0.22, 1.0, 256)))
+
+
+def save(figure, path):
+    """Write the figure to path, in the format of its ending, and close it. Raises UserError if that cannot be."""
+    path = Path(path)
+    try:
+        figure.savefig(path, dpi=160)
+    except (OSError, ValueError) as error:  # no such folder, no permission; an ending that matplotlib does not know
+        raise UserError(f"cannot write the picture {path} ({error}): choose another path, ending in .png, .svg or .pdf")
+    finally:
+        plt.close(figure)
+    return path
+
+
+def visible(text):
+    """A token as an axis label: blanks and line ends get a mark, long tokens are cut."""
+    text = text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣").replace("$", r"\$")
+    return text if len(text) <= 8 else text[:7] + "…"
+
+
+def attention_figure(labels, records, per_row=8):
+    """Attention of every head on one sequence, one block of panels per model, all on one colour scale.
+
+    labels: T strings. records: {model's name: (weight, edges)}, arrays (L, H, T, T): effective attention weights (pattern
+    times gate) and whether an edge is open. A cell is coloured where its edge is open and grey where it is closed; pairs
+    that causality forbids are white. Rows are queries, columns are keys.
+    """
+    labels = [visible(label) for label in labels]
+    n_layer, n_head, T, _ = next(iter(records.values()))[0].shape
+    layers_per_row = min(n_layer, max(1, per_row // n_head))
+    n_rows, n_columns = -(-n_layer // layers_per_row), layers_per_row * n_head
+    font = float(np.clip(62 / T, 2.5, 7))
+    figure = plt.figure(figsize=(10, len(records) * (n_rows * 9.2 / n_columns + 0.55) + 0.5), layout="constrained")
+    blocks = figure.subfigures(len(records), 1, squeeze=False)[:, 0]
+    for block, (name, (weight, edges)) in zip(blocks, records.items()):
+        pairs = n_layer * n_head * T * (T + 1) / 2
+        block.suptitle(f"{name}: {edges.sum() / pairs:.1%} of the edges are open", fontsize=11, x=0.01, ha="left")
+        axes = block.subplots(n_rows, n_columns, squeeze=False)
+        for panel, axis in enumerate(axes.flat):
+            layer, head = divmod(panel, n_head)
+            if layer >= n_layer:
+                axis.axis("off")
+                continue
+            image = draw_head(axis, weight[layer, head], edges[layer, head])
+            axis.set_title(f"layer {layer} head {head}", fontsize=7, pad=2)
+            axis.set_xticks(range(T), labels, fontsize=font, family="monospace")
+            axis.set_yticks(range(T), labels, fontsize=font, family="monospace")
+            axis.tick_params(length=0, pad=1)
+            if panel == 0:
+                axis.set_xlabel("key", fontsize=7, labelpad=1)
+                axis.set_ylabel("query", fontsize=7, labelpad=1)
+        block.colorbar(image, ax=axes, shrink=0.6, pad=0.01, aspect=25).set_label("attention weight", fontsize=7)
+    return figure
+
+
+def draw_head(axis, weight, edges):
+    """One head's T x T matrix: grey where a causal edge is closed, coloured where it is open."""
+    T = len(weight)
+    causal = np.tril(np.ones((T, T), dtype=bool))
+    axis.imshow(np.where(causal, 1.0, np.nan), cmap=LinearSegmentedColormap.from_list("closed", [CLOSED, CLOSED]))
+    image = axis.imshow(np.where(edges, weight, np.nan), cmap=WEIGHT_COLOURS, vmin=0, vmax=1)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    return image
+
+
+def arcs_figure(labels, weight, edges):
+    """The open edges of one sequence as arcs over its tokens, one strip per layer, the last layer on top.
+
+    labels: T strings; weight, edges: (L, H, T, T) as in attention_figure. An arc joins a key (left) to the query (right)
+    that reads it; a ring is a token that reads itself; the colour is the head, the width the attention weight.
+    """
+    labels = [visible(label) for label in labels]
+    n_layer, n_head, T, _ = weight.shape
+    figure, axes = plt.subplots(n_layer, 1, figsize=(10, 1.75 * n_layer + 0.5), squeeze=False, layout="constrained")
+    for layer, axis in zip(reversed(range(n_layer)), axes[:, 0]):
+        for head, query, key in zip(*np.nonzero(edges[layer])):
+            style = dict(color=HEAD_COLOURS[head % len(HEAD_COLOURS)], lw=0.6 + 2.4 * weight[layer, head, query, key])
+            shift = (head - (n_head - 1) / 2) * 0.5 / n_head  # heads side by side, so that none hides another
+            if query == key:
+                axis.add_patch(Arc((query + shift, 0.16), 0.16, 0.2, **style))
+            else:
+                axis.add_patch(Arc(((query + key) / 2 + shift, 0), query - key, 2 * height(query - key, T), theta2=180, **style))
+        n_open = int(edges[layer].sum())
+        axis.set_ylabel(f"layer {layer}\n{n_open} edge{'s' * (n_open != 1)}", rotation=0, ha="right", va="center", fontsize=9)
+        axis.set(xlim=(-0.6, T - 0.4), ylim=(0, 1.05), yticks=[])
+        axis.set_xticks(range(T), labels, family="monospace", fontsize=float(np.clip(300 / T, 4, 13)))
+        for side in ("top", "left", "right"):
+            axis.spines[side].set_visible(False)
+    used = [head for head in range(n_head) if edges[:, head].any()]
+    lines = [Line2D([], [], color=HEAD_COLOURS[head % len(HEAD_COLOURS)], lw=2) for head in used]
+    figure.legend(lines, [f"head {head}" for head in used], loc="outside upper right", ncols=8, frameon=False, fontsize=8)
+    return figure
+
+
+def height(distance, T):
+    """Of an arc over so many tokens: longer ones rise higher, none above 1."""
+    return 0.25 + 0.72 * (distance / max(T - 1, 1)) ** 0.7
+
+
+def training_figure(lines):
+    """The sparse phase, step by step. lines: log.jsonl's, as dicts."""
+    steps = [line for line in lines if line["phase"] == "sparse" and "multiplier" in line]
+    evaluations = [line for line in lines if line["phase"] == "sparse" and "val_loss" in line]
+
+    def column(rows, key):
+        return [row[key] for row in rows]
+
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(10, 7), sharex=True, layout="constrained")
+    top.plot(column(steps, "step"), column(steps, "loss"), color="#0072B2", label="training loss, sampled gates")
+    top.plot(column(steps, "step"), column(steps, "bound"), color="#D55E00", ls="--", label="its bound")
+    top.plot(column(evaluations, "step"), column(evaluations, "val_loss"), "o", color="#009E73", ms=4,
+             label="validation loss, deterministic gates")  # fmt: skip
+    top.set(ylabel="loss (nats)", yscale="log")
+    middle.plot(column(steps, "step"), column(steps, "multiplier"), color="#CC79A7")
+    middle.set(ylabel="multiplier", yscale="log")
+    bottom.plot(column(steps, "step"), column(steps, "expected_edges"), color="#56B4E9", label="expected")
+    bottom.plot(column(steps, "step"), column(steps, "hard_edges"), color="#000000", label="hard (deterministic gate > 0)")
+    bottom.set(ylabel="open edges (fraction)", xlabel="step of the sparse phase", yscale="log")
+    for axis in (top, middle, bottom):
+        axis.grid(alpha=0.3)
+    top.legend(frameon=False, fontsize=9)
+    bottom.legend(frameon=False, fontsize=9)
+    return figure

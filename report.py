@@ -1,0 +1,86 @@
+"""
+What a reader sees of a model: its figures on the validation split, and the lines and the table that show them.
+
+Three counts of edges, never mixed: *expected*, the sum of the gates' open probabilities; *sampled*, in one training step;
+*hard*, the edges whose deterministic gate is above zero. Claims are made with hard edges. All are fractions of the causal
+(key <= query) pairs over all layers and heads.
+"""
+
+import torch
+
+
+@torch.no_grad()
+def evaluate(model, data, batch_size=256, n_batches=None):
+    """The model on the validation split (its first n_batches, if given) with deterministic gates, as a dict:
+
+    loss (nats per predicted token), edges_hard and edges_expected (fractions of causal pairs), rows_empty and mass_removed
+    (fractions), edges_per_head (L x H hard fractions), and on toy tasks accuracy: the fraction of examples whose whole
+    answer the model gets right greedily (each digit likeliest given the right ones before it, which is the same)."""
+    was_training = model.training
+    model.eval()
+    n_tokens = n_rows = n_right = 0
+    loss_sum, stats_sum = 0.0, 0.0
+    for x, y in data.sequential("val", batch_size, n_batches):
+        logits, loss, stats = model(x, y, return_stats=True)
+        wanted = (y >= 0).sum().item()
+        n_tokens, n_rows = n_tokens + wanted, n_rows + len(x)
+        loss_sum += loss.item() * wanted
+        stats_sum = stats_sum + torch.stack(stats).double() * len(x)  # (figures, L, H)
+        n_right += ((logits.argmax(-1) == y) | (y < 0)).all(dim=1).sum().item()
+    model.train(was_training)
+    mean = type(stats)(*(stats_sum / n_rows))
+    result = {
+        "loss": loss_sum / n_tokens,
+        "edges_hard": mean.hard_edges.mean().item(),
+        "edges_expected": mean.expected_edges.mean().item(),
+        "rows_empty": mean.empty_rows.mean().item(),
+        "mass_removed": mean.mass_removed.mean().item(),
+        "edges_per_head": mean.hard_edges.tolist(),
+    }
+    return {**result, "accuracy": n_right / n_rows} if data.is_task else result
+
+
+def result_line(name, result):
+    """What `evaluate` found, in one line."""
+    words = [f"{name} loss {result['loss']:.4f}"]
+    if "accuracy" in result:
+        words.append(f"accuracy {result['accuracy']:.2%}")
+    if result["edges_hard"] < 1:
+        words.append(f"hard edges {result['edges_hard']:.2%}, expected {result['edges_expected']:.2%}")
+        words.append(f"empty rows {result['rows_empty']:.1%}")
+    return "  ".join(words)
+
+
+def progress_line(line, steps, spent):
+    """One step of log.jsonl in one line. steps: of the whole phase; spent: seconds so far."""
+    words = [f"{line['phase']:7} {line['step']:>6}/{steps}  loss {line['loss']:.4f}"]
+    if "bound" in line:
+        words.append(f"(bound {line['bound']:.4f})  multiplier {line['multiplier']:<7.3g}")
+        words.append(f"edges {line['expected_edges']:6.2%} expected, {line['hard_edges']:6.2%} hard")
+    minutes, seconds = divmod(round(spent / line["step"] * (steps - line["step"])), 60)
+    words.append(f"lr {line['learning_rate']:.1e}  {line['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(words) + f"  {minutes}:{seconds:02d} left"
+
+
+def table(results, bound=None, extra=()):
+    """Models side by side, then the hard edges of every layer and head of the one named sparse.
+
+    results: {name: what evaluate found}; bound: nats, shown under sparse; extra: further rows (label, {name: text})."""
+    rows = [("loss, nats", {name: f"{r['loss']:.4f}" for name, r in results.items()})]
+    if bound is not None:
+        rows.append(("bound", {"sparse": f"{bound:.4f}"}))
+    if all("accuracy" in r for r in results.values()):
+        rows.append(("accuracy", {name: f"{r['accuracy']:.2%}" for name, r in results.items()}))
+    rows.append(("hard edges", {name: f"{r['edges_hard']:.2%}" for name, r in results.items()}))
+    rows.append(("expected edges", {name: f"{r['edges_expected']:.2%}" for name, r in results.items()}))
+    rows.append(("empty rows", {name: f"{r['rows_empty']:.1%}" for name, r in results.items()}))
+    lines = ["", f"{'':16}" + "".join(f"{name:>12}" for name in results)]
+    for label, cells in [*rows, *extra]:
+        lines.append(f"{label:16}" + "".join(f"{cells.get(name, ''):>12}" for name in results))
+    if "sparse" in results:
+        heads = results["sparse"]["edges_per_head"]
+        lines += ["", "sparse: hard edges left, % of each head's causal pairs"]
+        lines.append(f"{'':10}" + "".join(f"{f'head {h}':>9}" for h in range(len(heads[0]))))
+        for layer, row in enumerate(heads):
+            lines.append(f"{f'layer {layer}':10}" + "".join(f"{100 * fraction:9.2f}" for fraction in row))
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""
+Generate text from a checkpoint, show its attention, or score it.
+
+    python sample.py out/addition/sparse.pt --prompt=57+68=
+    python sample.py out/addition/sparse.pt --prompt=57+68= --compare=out/addition/dense.pt --plot=attention.png
+    python sample.py out/shakespeare_char/sparse.pt --prompt=ROMEO: --max_new_tokens=300 --temperature=0.8
+    python sample.py out/addition/sparse.pt --eval_only --dataset=addition
+    python sample.py --help
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+import config as command_line
+import plots
+from config import UserError, arguments, option
+from data.dataset import Dataset
+from data.tokenizer import tokenizer_of
+from model import GPT, device_problems, find_device, load_checkpoint
+from report import evaluate, table
+
+
+@dataclass
+class SampleConfig:
+    checkpoint: tuple = arguments("one checkpoint, such as out/addition/sparse.pt", 1, 1)
+    prompt: str = option("", "what the text begins with; empty: a line end, where the model knows it")
+    num_samples: int = option(1, "texts to generate", at_least=1)
+    max_new_tokens: int = option(0, "tokens to generate; 0: the answer on a toy task, else 200", at_least=0)
+    temperature: float = option(1.0, "1: the model's own distribution; 0: the likeliest token (always so on toy tasks)", at_least=0)
+    top_k: int = option(0, "sample among so many likeliest tokens only; 0: all", at_least=0)
+    seed: int = option(1337, "of the sampling", at_least=0)
+    compare: str = option("", "another checkpoint, generated from and drawn above this one")
+    plot: str = option("", "write the attention of every head on the prompt to this .png, .svg or .pdf")
+    arcs: str = option("", "write the open edges as arcs over the prompt to this file")
+    eval_only: bool = option(False, "print loss, accuracy on tasks, and edges on --dataset; generate nothing")
+    dataset: str = option("", "with --eval_only: the folder under data_dir to score on")
+    data_dir: str = option("data", "where the datasets are")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+
+    def problems(self):
+        problems = device_problems(self.device)
+        if self.eval_only and not self.dataset:
+            problems.append("--eval_only needs to know on what: add --dataset=NAME")
+        if self.eval_only and (self.plot or self.arcs):
+            problems.append("--plot and --arcs draw a --prompt: leave --eval_only out")
+        return problems
+
+
+def score(config, checkpoint, model, path):
+    """--eval_only: the figures of the model on the whole validation split of config.dataset."""
+    data = Dataset(config.dataset, model.config.block_size, config.data_dir, config.device)
+    data.check_tokenizer(checkpoint["tokenizer"], path)
+    print(table({"dense" if model.config.gate == "none" else "sparse": evaluate(model, data)}))
+
+
+def generate(config, checkpoint, model):
+    """Print the continuations of config.prompt. Returns the tokens to draw, (1, T): the prompt, on a toy task with its
+    answer."""
+    meta, block_size = checkpoint["tokenizer"], model.config.block_size
+    tokenizer = tokenizer_of(meta)
+    is_task = "answer_start" in meta
+    prompt = tokenizer.encode(config.prompt or "\n")
+    if len(prompt) > block_size:
+        raise UserError(f"the prompt has {len(prompt)} tokens, and the model sees {block_size} at once: shorten it")
+    if is_task and len(prompt) != meta["answer_start"]:
+        raise UserError(
+            f"the prompt {config.prompt!r} has {len(prompt)} characters: this task's prompts have {meta['answer_start']}"
+        )
+    n_new = config.max_new_tokens or (meta["example_length"] - meta["answer_start"] if is_task else 200)
+    idx = torch.from_numpy(prompt.astype("int64"))[None].to(config.device)
+    torch.manual_seed(config.seed)
+    for _ in range(config.num_samples):
+        text = model.generate(idx, n_new, 0.0 if is_task else config.temperature, config.top_k or None)
+        print(tokenizer.decode(text[0].tolist()))
+    return text[:, :block_size] if is_task else idx
+
+
+def draw(config, models, idx):
+    """Write --plot and --arcs: every model's attention on the tokens idx (1, T)."""
+    tokenizer = tokenizer_of(models[-1][1]["tokenizer"])
+    labels = [tokenizer.decode([t]) for t in idx[0].tolist()]
+    records = {str(path): model.attention(idx).first_sequence() for path, _, model in models}
+    if config.plot:
+        print(f"wrote {plots.save(plots.attention_figure(labels, records), config.plot)}")
+    if config.arcs:
+        print(f"wrote {plots.save(plots.arcs_figure(labels, *records[models[-1][0]]), config.arcs)}")
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nfields:\n{command_line.help_text(SampleConfig())}")
+        return
+    config = command_line.parse(SampleConfig(), argv)
+    config.device = find_device(config.device)
+    models = []  # (path, checkpoint, model)
+    for path in filter(None, (config.compare, *config.checkpoint)):
+        checkpoint = load_checkpoint(path)
+        models.append((path, checkpoint, GPT.from_checkpoint(checkpoint, path).to(config.device)))
+    for path, checkpoint, model in models:
+        if len(models) > 1:
+            print(f"{path}:")
+        if config.eval_only:
+            score(config, checkpoint, model, path)
+        else:
+            idx = generate(config, checkpoint, model)
+    if config.plot or config.arcs:
+        draw(config, models, idx)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

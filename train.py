@@ -1,0 +1,530 @@
+"""
+Train a small GPT, then make its attention sparse at its own loss.
+
+    python train.py addition                    two-digit addition on a laptop, a few minutes
+    python train.py shakespeare_char            nanoGPT's CPU-sized character model
+    python train.py shakespeare_char_gpu        nanoGPT's full-size character model, one GPU
+    python train.py addition --init_from=out/addition/dense.pt --seed=1 --out_dir=out/addition_seed1
+    python train.py addition --resume           go on after Ctrl-C
+    python train.py --help                      every field, its default and its meaning
+
+Phases, each a call of `fit`, each ending in a file under out_dir: `dense` (pretraining), `sparse` (post-training: as few
+attention edges as possible while the loss stays at the dense model's), `control` (the dense model trained for the same
+extra steps, because post-training also trains). Finished phases of the same settings are reused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import config as command_line
+import plots
+from config import UserError, option
+from constrained import LossBound
+from data.dataset import Dataset
+from data.tokenizer import tokenizer_of
+from gates import GATES
+from model import (
+    GPT,
+    GPTConfig,
+    checkpoint_of,
+    config_problems,
+    device_problems,
+    find_device,
+    load_checkpoint,
+    save_checkpoint,
+)
+from report import evaluate, progress_line, result_line, table
+
+
+@dataclass
+class TrainConfig:
+    # data and files
+    dataset: str = option("shakespeare_char", "a folder under data_dir")
+    data_dir: str = option("data", "where the datasets are")
+    out_dir: str = option("", "where to write; empty: out/<recipe>")
+    init_from: str = option("scratch", "scratch: pretrain first; or the path of a dense checkpoint to post-train")
+    resume: bool = option(False, "continue the interrupted run in out_dir")
+    # the model
+    n_layer: int = option(4, "layers", at_least=1)
+    n_head: int = option(4, "attention heads per layer", at_least=1)
+    n_embd: int = option(128, "width", at_least=1)
+    block_size: int = option(64, "longest context, tokens", at_least=1)
+    dropout: float = option(0.0, "dropout while training", at_least=0, below=1)
+    bias: bool = option(True, "biases in linear layers and LayerNorms")
+    # the gates and the bound
+    gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
+    gate_bias: float = option(5.0, "where the gates' biases start; 5 is wide open")
+    loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
+    multiplier_rate: float = option(0.01, "how far log(multiplier) moves per step at most", above=0)
+    multiplier_scale: float = option(0.05, "violation of the bound that moves it that far, nats", above=0)
+    # optimisation; the schedule runs anew in every phase
+    pretrain_steps: int = option(3000, "steps of the dense phase", at_least=1)
+    sparsify_steps: int = option(6000, "steps of the sparse phase, and of the control", at_least=1)
+    control: bool = option(True, "also train the dense model for sparsify_steps more, to compare with")
+    batch_size: int = option(24, "sequences per micro-step", at_least=1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per step", at_least=1)
+    learning_rate: float = option(1e-3, "of the weights", above=0)
+    gate_learning_rate: float = option(1e-2, "of the gates' biases", above=0)
+    min_lr: float = option(5e-5, "where the cosine decay of learning_rate ends", at_least=0)
+    warmup_iters: int = option(100, "steps of linear warm-up", at_least=0)
+    weight_decay: float = option(0.1, "on matrices, in the dense phase only", at_least=0)
+    beta1: float = option(0.9, "AdamW", at_least=0, below=1)
+    beta2: float = option(0.99, "AdamW", at_least=0, below=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
+    # what to print and when
+    eval_interval: int = option(500, "steps between evaluations; the run is saved as often", at_least=1)
+    eval_iters: int = option(20, "validation batches of these; the last evaluation takes the whole split", at_least=1)
+    log_interval: int = option(50, "steps between two lines of the log", at_least=1)
+    plot_text: str = option("", "what attention.png shows; empty: the beginning of the validation split")
+    # the machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option("float32", "of the matrix products; bfloat16 is for GPUs", choices=("float32", "bfloat16"))
+    compile: bool = option(False, "torch.compile the model; worth it on GPUs")
+    seed: int = option(1337, "of everything random", at_least=0)
+
+    def problems(self):
+        """What is wrong between fields; config.parse calls this when every field by itself is right."""
+        return config_problems(self) + device_problems(self.device)
+
+
+# fmt: off
+RECIPES = {
+    "addition": TrainConfig(
+        dataset="addition", block_size=8, n_embd=64, batch_size=256, learning_rate=2e-3, gate_learning_rate=2e-2, min_lr=1e-4,
+        pretrain_steps=1000, sparsify_steps=2500, multiplier_scale=0.01, control=False, eval_interval=250, plot_text="57+68=125"),
+    "shakespeare_char": TrainConfig(),
+    "shakespeare_char_gpu": TrainConfig(
+        n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, dtype="bfloat16", compile=True,
+        pretrain_steps=5000, sparsify_steps=10000),
+}
+# fmt: on
+
+# Fields that do not change what a phase computes, and fields that the dense phase does not look at.
+NO_RESULT = set("data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split())
+NOT_DENSE = set("gate gate_bias loss_tolerance multiplier_rate multiplier_scale sparsify_steps gate_learning_rate".split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+
+def training_step(model, optimizer, batches, bound, grad_clip, autocast):
+    """One step of the paper's post-training (with bound=None: of plain training). batches: the micro-steps' (x, y).
+    Returns the mean loss in nats and the last micro-step's AttentionStats."""
+    total = 0.0
+    for x, y in batches:
+        with autocast():
+            _, loss, stats = model(x, y, return_stats=True)  # model.train(): the gates are sampled
+        cost = stats.penalty.mean()  # of an edge, over layers, heads and causal pairs
+        objective = loss if bound is None else bound.lagrangian(cost, loss)
+        (objective / len(batches)).backward()
+        total += loss.item() / len(batches)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if bound is not None and math.isfinite(total):
+        bound.update(total)
+    return total, stats
+
+
+def learning_rate_at(step, steps, config):
+    """Linear warm-up, then a cosine from learning_rate to min_lr at the last step."""
+    warmup = min(1.0, (step + 1) / (config.warmup_iters + 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return warmup * (config.min_lr + cosine * (config.learning_rate - config.min_lr))
+
+
+def make_optimizer(model, config, weight_decay):
+    """AdamW in three groups: matrices (decayed), vectors, and the gates' biases with a learning rate of their own."""
+    named = list(model.named_parameters())
+    gates = [p for name, p in named if name.endswith("gate_bias")]
+    matrices = [p for name, p in named if p.dim() >= 2]
+    vectors = [p for name, p in named if p.dim() < 2 and not name.endswith("gate_bias")]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "lr_ratio": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_ratio": 1.0},
+        {"params": gates, "weight_decay": 0.0, "lr_ratio": config.gate_learning_rate / config.learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+@torch.no_grad()
+def training_loss(model, data, config, generator, accuracy=0.002):
+    """The loss of model in training mode on random training batches, as many as bring the standard error of the mean to
+    `accuracy` nats (16 at least, one pass over the data at most)."""
+    model.train()
+    one_pass = math.ceil(len(data.tokens["train"]) / data.sequence_tokens / config.batch_size)
+    losses = []
+    while len(losses) < max(16, one_pass):
+        losses.append(model(*data.batch("train", config.batch_size, generator))[1].item())
+        if len(losses) >= 16 and torch.tensor(losses).std().item() / math.sqrt(len(losses)) <= accuracy:
+            break
+    return sum(losses) / len(losses)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plumbing: one loop for all phases, interrupted and resumed at any step
+
+
+@dataclass
+class Run:
+    """What the phases of one command share."""
+
+    config: TrainConfig
+    data: Dataset
+    device: str
+    folder: Path
+    saved: dict  # the contents of last.pt when resuming, else {}
+    stop: list  # a signal's number is put here when the user wants to stop
+
+    def autocast(self):
+        on = self.config.dtype == "bfloat16"
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=on)
+
+    @property
+    def tokens_per_step(self):
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.data.sequence_tokens
+
+    def log(self, line):
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def train(config):
+    """Run all phases that config asks for and that are not finished yet; write the files of out_dir, and return the
+    contents of summary.json as a dict. Raises UserError for bad settings or files, and when the loss is not finite;
+    KeyboardInterrupt after an interrupted run was saved."""
+    config = replace(config, out_dir=config.out_dir or f"out/{config.dataset}", device=find_device(config.device))
+    problems = command_line.check(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    torch.set_float32_matmul_precision("high")
+    folder = Path(config.out_dir)
+    initial = None
+    if config.init_from != "scratch":
+        initial = load_checkpoint(config.init_from)
+        config = replace(config, **shape_of(initial, config.init_from))
+    data = Dataset(config.dataset, config.block_size, config.data_dir, config.device)
+    if initial is not None:
+        data.check_tokenizer(initial["tokenizer"], config.init_from)
+    saved = load_run(folder, settings_of(config, data, NO_RESULT)) if config.resume else {}
+    make_folder(folder)
+    with signals_noted() as stop:
+        run = Run(config, data, config.device, folder, saved, stop)
+        phases = {"dense": dense_phase(run, initial)}
+        phases["sparse"] = sparse_phase(run, phases["dense"])
+        if config.control:
+            phases["control"] = control_phase(run, phases["dense"])
+    results = {name: evaluate(phase["model"], data) for name, phase in phases.items()}
+    summary = summarise(run, phases, results)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    pictures = draw(run, phases["dense"]["model"], phases["sparse"]["model"])
+    cost = [(key, {name: f"{n:,}" for name, n in summary[key].items()}) for key in ("steps", "seconds")]
+    print(table(results, summary["bound"], cost))
+    print("\npictures: " + "  ".join(map(str, pictures)))
+    return summary
+
+
+def dense_phase(run, initial):
+    """The dense model: loaded from init_from, or pretrained."""
+    config = run.config
+    if initial is not None:
+        model = GPT.from_checkpoint(initial, config.init_from).to(run.device)
+        save_checkpoint(checkpoint_of(model, run.data.meta, initial["trained_on"]), run.folder / "dense.pt")
+        return {"model": model, **initial["trained_on"], "reused": True}
+    identity = settings_of(config, run.data, NO_RESULT | NOT_DENSE)
+    shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig(**{**shape, "vocab_size": run.data.meta["vocab_size"], "gate": "none"}))
+    return phase(run, "dense", identity, model, config.pretrain_steps, config.weight_decay)
+
+
+def sparse_phase(run, dense):
+    """The dense model with gates, post-trained under the bound."""
+    config = run.config
+    identity = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense["model"])}
+    gated = GPTConfig(**{**dataclasses.asdict(dense["model"].config), "gate": config.gate, "gate_bias": config.gate_bias})
+    model = GPT(gated)
+    model.load_state_dict(dense["model"].state_dict(), strict=False)  # all but the gates' biases
+
+    def bound():
+        generator = torch.Generator().manual_seed(config.seed)
+        torch.manual_seed(config.seed)
+        with run.autocast():
+            loss = training_loss(dense["model"], run.data, config, generator)
+        print(f"the dense model's training loss is {loss:.4f}: the bound while training is {loss + config.loss_tolerance:.4f}")
+        dense["model"].eval()
+        return LossBound(loss + config.loss_tolerance, scale=config.multiplier_scale, rate=config.multiplier_rate)
+
+    return phase(run, "sparse", identity, model, config.sparsify_steps, 0.0, bound)
+
+
+def control_phase(run, dense):
+    """The dense model, trained on as the sparse one is, but for the loss alone."""
+    identity = {**settings_of(run.config, run.data, NO_RESULT), "dense": fingerprint(dense["model"])}
+    model = GPT(dense["model"].config)
+    model.load_state_dict(dense["model"].state_dict())
+    return phase(run, "control", identity, model, run.config.sparsify_steps, 0.0)
+
+
+def phase(run, name, identity, model, steps, weight_decay, make_bound=None):
+    """Train model and write <name>.pt, or load it where the same phase is finished. Returns its model, seconds, ..."""
+    path = run.folder / f"{name}.pt"
+    if path.is_file():
+        checkpoint = load_checkpoint(path)
+        if checkpoint["trained_on"]["identity"] == identity:
+            print(f"{name}: {path} is finished and has the same settings: reused")
+            return {"model": GPT.from_checkpoint(checkpoint, path).to(run.device), **checkpoint["trained_on"], "reused": True}
+    seconds, bound = fit(run, name, identity, model.to(run.device), steps, weight_decay, make_bound)
+    trained_on = {
+        "identity": identity,
+        "steps": steps,
+        "seconds": seconds,
+        "tokens_per_second": steps * run.tokens_per_step / seconds,
+        "training_bound": bound.bound if bound else None,
+    }
+    save_checkpoint(checkpoint_of(model, run.data.meta, trained_on), path)
+    return {"model": model.eval(), **trained_on, "reused": False}
+
+
+def fit(run, name, identity, model, steps, weight_decay, make_bound):
+    """The training loop of one phase, from its first step or from where last.pt left it. Returns seconds and the bound."""
+    config, data = run.config, run.data
+    optimizer = make_optimizer(model, config, weight_decay)
+    generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
+    first, elapsed, recent, bound = 0, 0.0, [], None
+    if run.saved and run.saved["phase"] == name:
+        state = run.saved
+        if state["identity"] != identity:
+            raise UserError(f"{run.folder / 'last.pt'} continues another dense model: start over without --resume")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, elapsed, recent = state["step"], state["seconds"], state["recent"]
+        if state["bound"] is not None:
+            bound = LossBound(0.0)
+            bound.load_state_dict(state["bound"])
+        generator.set_state(state["batches"])
+        torch.set_rng_state(state["noise"])
+        if state["noise_cuda"]:
+            torch.cuda.set_rng_state_all(state["noise_cuda"])
+        print(f"{name}: resumed at step {first} of {steps}")
+    else:
+        bound = make_bound() if make_bound else None
+        torch.manual_seed(config.seed + 2)  # the gates' noise and dropout
+    keep_log_lines(run.folder / "log.jsonl", name, first)
+    forward = torch.compile(model) if config.compile else model
+    started = time.time() - elapsed
+
+    def save(step):
+        state = {
+            "format": "nanosparse run",
+            "settings": settings_of(config, data, NO_RESULT),
+            "phase": name,
+            "identity": identity,
+            "step": step,
+            "seconds": time.time() - started,
+            "recent": recent,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "bound": bound.state_dict() if bound else None,
+            "batches": generator.get_state(),
+            "noise": torch.get_rng_state(),
+            "noise_cuda": torch.cuda.get_rng_state_all() if run.device.startswith("cuda") else [],
+        }
+        save_checkpoint(state, run.folder / "last.pt")
+
+    model.train()
+    for step in range(first, steps):
+        if step % config.eval_interval == 0 and step > first or step == first == 0:
+            validate(run, name, step, model)
+            save(step)
+        if run.stop:
+            save(step)
+            raise KeyboardInterrupt(f"{name}: stopped at step {step} of {steps}")
+        lr = learning_rate_at(step, steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        batches = [data.batch("train", config.batch_size, generator) for _ in range(config.gradient_accumulation_steps)]
+        loss, stats = training_step(forward, optimizer, batches, bound, config.grad_clip, run.autocast)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{name}: the loss is {loss} at step {step}: {run.folder / 'last.pt'} holds the last good one; try a smaller "
+                "--learning_rate"
+            )
+        recent.append(loss)
+        if (step + 1) % config.log_interval == 0 or step + 1 == steps:
+            spent = time.time() - started
+            line = {"phase": name, "step": step + 1, "loss": sum(recent) / len(recent)}
+            if bound is not None:
+                line |= {"bound": bound.bound, "multiplier": bound.multiplier}
+                line |= {"expected_edges": stats.expected_edges.mean().item(), "hard_edges": stats.hard_edges.mean().item()}
+            line |= {"learning_rate": lr, "tokens_per_second": (step + 1) * run.tokens_per_step / spent}
+            run.log(line)
+            print(progress_line(line, steps, spent), flush=True)
+            recent.clear()
+    validate(run, name, steps, model)
+    return time.time() - started, bound
+
+def validate(run, name, step, model):
+    """Evaluate on eval_iters validation batches; log and print the result."""
+    result = evaluate(model, run.data, n_batches=run.config.eval_iters)
+    line = {"phase": name, "step": step, "val_loss": result["loss"], "val_edges_hard": result["edges_hard"]}
+    if "accuracy" in result:
+        line["val_accuracy"] = result["accuracy"]
+    run.log(line)
+    print(result_line(f"{name:7} {step:>6}  validation:", result), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, files and signals
+
+
+def settings_of(config, data, left_out):
+    """Everything that decides what a phase computes, as plain values: fields, and which data."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    return {**values, "data": data.fingerprint()}
+
+
+def fingerprint(model):
+    """A hash of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_run(folder, settings):
+    """last.pt as a dict, if it was written under the same settings. Raises UserError if not, or if there is none."""
+    path = folder / "last.pt"
+    if not path.is_file():
+        raise UserError(f"there is nothing to resume: {path} does not exist; start without --resume")
+    saved = load_checkpoint(path, format="nanosparse run")
+    old = saved["settings"]
+    changed = [f"{k} was {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
+    if changed:
+        raise UserError(f"cannot resume {path}: {'; '.join(changed)}: give the same values, or start without --resume")
+    return saved
+
+
+def shape_of(checkpoint, path):
+    """The fields of TrainConfig that a dense checkpoint decides."""
+    shape = checkpoint["model_config"]
+    if shape.get("gate") != "none":
+        raise UserError(f"--init_from {path} has gates already (gate {shape.get('gate')}): give a dense model, such as dense.pt")
+    return {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.jsonl").touch()
+    except OSError as error:
+        raise UserError(f"cannot write to --out_dir {folder} ({error.strerror}): choose another")
+
+
+def keep_log_lines(path, phase, step):
+    """Drop what log.jsonl says of this phase after this step: it will be written again."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [line for line in lines if line["phase"] != phase or line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+@contextmanager
+def signals_noted():
+    """Inside, the first Ctrl-C or SIGTERM only puts its number into the list that this yields; a second one is real."""
+    stop, old = [], {}
+
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, old[number])
+        print("\nstopping after this step; once more stops at once", flush=True)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals go elsewhere
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end of a run
+
+
+def summarise(run, phases, results):
+    """The contents of summary.json. phases: {name: what the phase returned}; results: {name: what evaluate found}."""
+    sparse = results["sparse"]
+    summary = {
+        "dense_loss": results["dense"]["loss"],
+        "bound": results["dense"]["loss"] + run.config.loss_tolerance,
+        "sparse_loss": sparse["loss"],
+        **{key: sparse[key] for key in ("edges_hard", "edges_expected", "rows_empty", "edges_per_head")},
+        "training_bound": phases["sparse"]["training_bound"],
+    }
+    if run.data.is_task:
+        summary |= {f"{name}_accuracy": result["accuracy"] for name, result in results.items()}
+    if "control" in results:
+        summary["control_loss"] = results["control"]["loss"]
+    for key in ("steps", "seconds", "tokens_per_second"):
+        summary[key] = {name: round(phase[key]) for name, phase in phases.items()}
+    return {**summary, "device": device_name(run.device), "config": dataclasses.asdict(run.config)}
+
+
+def device_name(device):
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
+
+
+def draw(run, dense, sparse):
+    """attention.png, arcs.png and training.png in the run's folder. Returns their paths."""
+    tokenizer = tokenizer_of(run.data.meta)
+    x, _ = next(run.data.sequential("val", 1))
+    if run.config.plot_text:
+        x = torch.from_numpy(tokenizer.encode(run.config.plot_text).astype("int64"))[None, : run.config.block_size].to(run.device)
+    x = x[:, :32]
+    labels = [tokenizer.decode([t]) for t in x[0].tolist()]
+    records = {"dense": dense.attention(x).first_sequence(), "sparse": sparse.attention(x).first_sequence()}
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        plots.save(plots.attention_figure(labels, records), run.folder / "attention.png"),
+        plots.save(plots.arcs_figure(labels, *records["sparse"]), run.folder / "arcs.png"),
+        plots.save(plots.training_figure(lines), run.folder / "training.png"),
+    ]
+
+
+def main(argv):
+    problems = []
+    name = "addition"
+    if argv and not argv[0].startswith("-"):
+        name, *argv = argv
+    if name not in RECIPES:
+        problems.append(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}")
+    recipe = replace(RECIPES.get(name, TrainConfig()), out_dir=f"out/{name}")
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nfields, with the values of recipe {name}:\n{command_line.help_text(recipe)}")
+        return
+    config = command_line.parse(recipe, argv, problems)
+    try:
+        train(config)
+    except KeyboardInterrupt as stopped:
+        print(f"{stopped}: saved; the same command with --resume goes on", flush=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
