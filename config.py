@@ -52,7 +52,7 @@ def parse(config, argv, problems=()):
         if name not in fields and fields.get(name.removeprefix("no_"), None) and fields[name[3:]].type in (bool, "bool"):
             values[name[3:]] = False
             if equals:
-                problems.append(f"--{name} takes no value: write --{name} or --{name[3:]}")
+                problems.append(f"{word.partition('=')[0]} takes no value: write {word.partition('=')[0]} or --{name[3:]}")
             continue
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)

@@ -206,15 +206,15 @@ def train(config):
     contents of summary.json as a dict. Raises UserError for bad settings or files, and when the loss is not finite;
     KeyboardInterrupt after an interrupted run was saved."""
     config = replace(config, out_dir=config.out_dir or f"out/{config.dataset}", device=find_device(config.device))
-    problems = command_line.check(config)
-    if problems:
-        raise UserError("\n".join(problems))
-    torch.set_float32_matmul_precision("high")
     folder = Path(config.out_dir)
     initial = None
     if config.init_from != "scratch":
         initial = load_checkpoint(config.init_from)
         config = replace(config, **shape_of(initial, config.init_from))
+    problems = command_line.check(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    torch.set_float32_matmul_precision("high")
     data = Dataset(config.dataset, config.block_size, config.data_dir, config.device)
     if initial is not None:
         data.check_tokenizer(initial["tokenizer"], config.init_from)
@@ -304,7 +304,8 @@ def fit(run, name, identity, model, steps, weight_decay, make_bound):
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
     first, elapsed, recent, bound = 0, 0.0, [], None
-    if run.saved and run.saved["phase"] == name:
+    resumed = bool(run.saved) and run.saved["phase"] == name
+    if resumed:
         state = run.saved
         if state["identity"] != identity:
             raise UserError(f"{run.folder / 'last.pt'} continues another dense model: start over without --resume")
@@ -346,7 +347,7 @@ def fit(run, name, identity, model, steps, weight_decay, make_bound):
 
     model.train()
     for step in range(first, steps):
-        if step % config.eval_interval == 0 and step > first or step == first == 0:
+        if step % config.eval_interval == 0 and not (resumed and step == first):
             validate(run, name, step, model)
             save(step)
         if run.stop:

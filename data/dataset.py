@@ -91,7 +91,7 @@ class Dataset:
     def _cut(self, tokens, starts):
         length = self.example_length if self.is_task else self.block_size + 1
         rows = torch.from_numpy(tokens[starts[:, None].numpy() + np.arange(length)].astype(np.int64))  # (B, length)
-        x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        x, y = rows[:, :-1].clone(), rows[:, 1:].clone()
         if self.is_task:
             y[:, : self.answer_start - 1] = -1
         return x.to(self.device), y.to(self.device)

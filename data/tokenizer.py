@@ -36,7 +36,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, tokens):
-        return bytes(tokens).decode("utf-8", errors="replace")
+        return bytes(int(t) for t in tokens).decode("utf-8", errors="replace")
 
     def meta(self):
         return {"tokenizer": "byte", "vocab_size": self.vocab_size}

@@ -1,0 +1,80 @@
+"""The multiplier against a problem whose answer is known, and its parts one by one."""
+
+import math
+
+import pytest
+import torch
+
+from constrained import LossBound
+
+
+def test_finds_the_known_multiplier_of_a_convex_problem():
+    """minimise x^2 subject to (x - 3)^2 <= 1. At the optimum x = 2 the gradients balance: 2x = multiplier * 2 (3 - x), so
+    the multiplier is 2."""
+    x = torch.tensor(0.0, requires_grad=True)
+    bound = LossBound(1.0, scale=0.5, rate=0.02, decay=0.5)
+    optimizer = torch.optim.SGD([x], lr=0.05)
+    for _ in range(4000):
+        loss = (x - 3) ** 2
+        optimizer.zero_grad()
+        bound.lagrangian(x**2, loss).backward()
+        optimizer.step()
+        bound.update(loss.item())
+    assert x.item() == pytest.approx(2.0, abs=1e-2)
+    assert bound.multiplier == pytest.approx(2.0, rel=2e-2)
+
+
+def test_rises_under_violation_and_falls_under_slack():
+    bound = LossBound(1.0, scale=0.1, rate=0.01, decay=0.0)
+    start = bound.multiplier
+    bound.update(1.05)
+    assert bound.multiplier == pytest.approx(start * math.exp(0.005))
+    bound.update(0.95)
+    assert bound.multiplier == pytest.approx(start)
+    bound.update(0.0)
+    assert bound.multiplier == pytest.approx(start * math.exp(-0.01)), "a large slack must be clipped to `rate`"
+
+
+def test_follows_the_running_average_not_the_last_batch():
+    bound = LossBound(1.0, scale=1.0, rate=1.0, decay=0.9)
+    bound.update(0.9)
+    before = bound.log_multiplier
+    bound.update(1.5)  # average 0.9 * 0.9 + 0.1 * 1.5 = 0.96: still slack
+    assert bound.average == pytest.approx(0.96)
+    assert bound.log_multiplier == pytest.approx(before - 0.04)
+
+
+def test_stays_within_its_clamp():
+    bound = LossBound(1.0, rate=0.5, log_min=-1.0, log_max=1.0)
+    for _ in range(20):
+        bound.update(50.0)
+    assert bound.log_multiplier == 1.0
+    for _ in range(500):
+        bound.update(0.0)
+    assert bound.log_multiplier == -1.0
+
+
+def test_lagrangian_has_unit_scale_and_gradients_of_both():
+    cost, loss = torch.tensor(5.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    bound = LossBound(1.0, log_multiplier=math.log(3.0))
+    value = bound.lagrangian(cost, loss)
+    value.backward()
+    assert value.item() == pytest.approx((5 + 3 * (2 - 1)) / 4)
+    assert (cost.grad.item(), loss.grad.item()) == pytest.approx((0.25, 0.75))
+
+
+def test_save_and_load_continue_the_same_path():
+    losses = [1.3, 0.8, 1.1, 0.7, 1.02]
+    one, two = LossBound(1.0, rate=0.1), LossBound(99.0)
+    for loss in losses[:3]:
+        one.update(loss)
+    two.load_state_dict(one.state_dict())
+    for loss in losses[3:]:
+        one.update(loss)
+        two.update(loss)
+    assert one.state_dict() == two.state_dict()
+
+
+def test_refuses_a_foreign_state():
+    with pytest.raises(ValueError, match="log_multiplier"):
+        LossBound(1.0).load_state_dict({"bound": 1.0})

@@ -1,0 +1,171 @@
+"""Gates and gated attention against closed forms, finite differences and plain attention."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gates import GATES, Bernoulli, HardConcrete, attention_stats, gated_attention
+
+BOTH = pytest.mark.parametrize("gate", [HardConcrete(), Bernoulli()], ids=["hard_concrete", "bernoulli"])
+LOG_ALPHAS = [-4.0, -2.4, -1.0, 0.0, 0.7, 3.0]
+
+
+def qkv(B=2, H=3, T=5, D=4, dtype=torch.float32):
+    return [torch.randn(B, H, T, D, dtype=dtype) for _ in range(3)]
+
+
+@BOTH
+@pytest.mark.parametrize("log_alpha", LOG_ALPHAS)
+def test_open_probability_is_the_frequency_of_nonzero_samples(gate, log_alpha):
+    n = 200_000
+    frequency = (gate.sample(torch.full((n,), log_alpha)) != 0).double().mean().item()
+    p = gate.open_probability(torch.tensor(log_alpha)).item()
+    assert abs(frequency - p) < 5 * math.sqrt(p * (1 - p) / n), "sample() and open_probability() describe different gates"
+
+
+def test_hard_concrete_has_exact_zeros_exact_ones_and_values_between():
+    z = HardConcrete().sample(torch.zeros(10_000))
+    assert (z == 0).any() and (z == 1).any() and ((z > 0) & (z < 1)).any()
+    assert z.min() >= 0 and z.max() <= 1
+
+
+def test_bernoulli_is_zero_or_one():
+    assert set(Bernoulli().sample(torch.randn(10_000)).tolist()) == {0.0, 1.0}
+
+
+def test_hard_concrete_follows_the_paper_formula():
+    """Louizos et al. 2018, equations 10 and 11, written out with math."""
+    beta, gamma, zeta = 2 / 3, -0.1, 1.1
+    for u, log_alpha in [(0.3, 0.5), (0.9, -1.0), (0.5, 4.0), (0.05, -3.0)]:
+        s = 1 / (1 + math.exp(-(math.log(u / (1 - u)) + log_alpha) / beta))
+        z = min(1.0, max(0.0, s * (zeta - gamma) + gamma))
+        got = HardConcrete().sample(*torch.tensor([log_alpha, u], dtype=torch.float64)).item()
+        assert got == pytest.approx(z, abs=1e-12)
+        s = 1 / (1 + math.exp(-log_alpha))
+        z = min(1.0, max(0.0, s * (zeta - gamma) + gamma))
+        assert HardConcrete().deterministic(torch.tensor(log_alpha, dtype=torch.float64)).item() == pytest.approx(z, abs=1e-12)
+
+
+def test_noise_at_the_ends_of_the_unit_interval_is_harmless():
+    for gate in (HardConcrete(), Bernoulli()):
+        log_alpha = torch.tensor([0.0, 0.0], requires_grad=True)
+        z = gate.sample(log_alpha, torch.tensor([0.0, 1.0]))
+        z.sum().backward()
+        assert z.tolist() == [0.0, 1.0] and log_alpha.grad.isfinite().all()
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_wide_open_gates_give_plain_attention(gate, training):
+    q, k, v = qkv()
+    y, stats = gated_attention(q, k, v, torch.full((3,), 100.0), gate, training)
+    assert (y - F.scaled_dot_product_attention(q, k, v, is_causal=True)).abs().max() < 1e-6
+    assert (stats.hard_edges == 1).all() and (stats.empty_rows == 0).all() and stats.mass_removed.abs().max() < 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_closed_gates_write_zero_and_have_finite_gradients(gate, training):
+    inputs = [t.requires_grad_() for t in qkv()] + [torch.full((3,), -100.0, requires_grad=True)]
+    y, stats = gated_attention(*inputs, gate, training)
+    (y.square().sum() + stats.penalty.sum()).backward()
+    assert (y == 0).all()
+    assert all(t.grad.isfinite().all() for t in inputs)
+    assert (stats.hard_edges == 0).all() and (stats.empty_rows == 1).all()
+    assert torch.allclose(stats.mass_removed, torch.ones(3))
+
+
+@BOTH
+def test_no_position_sees_a_later_one(gate):
+    q, k, v = qkv()
+    u = torch.rand(2, 3, 5, 5)
+    bias = torch.ones(3)
+    y, _ = gated_attention(q, k, v, bias, gate, True, u)
+    for t in (q, k, v):
+        t[:, :, 3:] += 10
+    changed, _ = gated_attention(q, k, v, bias, gate, True, u)
+    assert torch.equal(y[:, :, :3], changed[:, :, :3])
+    assert not torch.equal(y[:, :, 3:], changed[:, :, 3:])
+
+
+@BOTH
+def test_last_queries_alone_give_the_same_rows(gate):
+    """Generation asks for the newest rows only."""
+    q, k, v = qkv()
+    bias = torch.zeros(3)
+    whole, _ = gated_attention(q, k, v, bias, gate, False)
+    rows, _ = gated_attention(q[:, :, 3:], k, v, bias, gate, False)
+    assert torch.allclose(rows, whole[:, :, 3:], atol=1e-6)
+
+
+def away_from_kinks(u, log_alpha, gate):
+    """Whether a finite difference of the gate is trustworthy: no sample within 1e-3 of where the clamp bends."""
+    s = torch.sigmoid((torch.logit(u) + log_alpha) / gate.beta)
+    x = s * (gate.zeta - gate.gamma) + gate.gamma
+    return (x.abs() > 1e-3).all() and ((x - 1).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hard_concrete_gradients_are_those_of_finite_differences(training):
+    gate = HardConcrete()
+    q, k, v = qkv(1, 2, 4, 3, torch.float64)
+    bias = torch.tensor([0.3, -0.5], dtype=torch.float64)
+    u = torch.rand(1, 2, 4, 4, dtype=torch.float64)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(3)
+    assert away_from_kinks(u, scores + bias[:, None, None], gate), "choose another seed: a gate sits on its kink"
+
+    def scalar(q, k, v, bias):
+        y, stats = gated_attention(q, k, v, bias, gate, training, u)
+        return (y * weights).sum() + stats.penalty.sum()
+
+    weights = torch.randn(1, 2, 4, 3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
+    assert torch.autograd.gradcheck(scalar, inputs, eps=1e-6, atol=1e-6)
+
+
+def test_bernoulli_gradient_is_that_of_its_surrogate():
+    """The stated surrogate: forward 1[x > 0], backward as if z were sigmoid(x). So d/dz of the rest is taken at the hard
+    gates, and dz/dx is sigmoid'(x)."""
+    q, k, v = qkv(1, 2, 4, 3, torch.float64)
+    bias = torch.tensor([0.3, -0.5], dtype=torch.float64)
+    u = torch.rand(1, 2, 4, 4, dtype=torch.float64)
+    weights = torch.randn(1, 2, 4, 3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
+    y, _ = gated_attention(*inputs, Bernoulli(), True, u)
+    got = torch.autograd.grad((y * weights).sum(), inputs)
+
+    scores = q @ k.transpose(-2, -1) / math.sqrt(3)
+    pattern = scores.masked_fill(~torch.ones(4, 4).tril().bool(), -math.inf).softmax(-1)
+    x = (scores + bias[:, None, None] + torch.log(u / (1 - u))).detach()
+    hard, slope = (x > 0).double(), torch.sigmoid(x) * (1 - torch.sigmoid(x))
+    z = hard + slope * (scores + bias[:, None, None] - (scores + bias[:, None, None]).detach())  # linear in the score
+    expected = torch.autograd.grad(((pattern * z) @ v * weights).sum(), inputs)
+    for a, b in zip(got, expected):
+        assert torch.allclose(a, b, atol=1e-12)
+    assert got[3].abs().max() > 0
+
+
+def test_statistics_by_hand():
+    """Two positions, three causal pairs: (0,0) open, (1,0) closed with weight 3/4, (1,1) open."""
+    gate = Bernoulli()
+    log_alpha = torch.tensor([[[[2.0, 9.0], [-1.0, 1.0]]]])  # the 9 lies above the diagonal and must not count
+    pattern = torch.tensor([[[[1.0, 0.0], [0.75, 0.25]]]])
+    stats = attention_stats(pattern, log_alpha, gate)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    assert stats.hard_edges.item() == pytest.approx(2 / 3)
+    assert stats.expected_edges.item() == pytest.approx((sigmoid(2) + sigmoid(-1) + sigmoid(1)) / 3)
+    assert stats.empty_rows.item() == 0
+    assert stats.mass_removed.item() == pytest.approx(0.75 / 2)
+
+
+@BOTH
+def test_half_precision_scores_are_gated_in_float32(gate):
+    q, k, v = (t.bfloat16() for t in qkv())
+    y, stats = gated_attention(q, k, v, torch.zeros(3), gate, True)
+    assert y.dtype == torch.bfloat16 and stats.penalty.dtype == torch.float32
+
+
+def test_registered_names():
+    assert set(GATES) == {"hard_concrete", "bernoulli"}

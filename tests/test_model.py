@@ -1,0 +1,211 @@
+"""The GPT against an independent forward pass in NumPy; generation; checkpoints."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from config import UserError
+from gates import HardConcrete
+from model import GPT, GPTConfig, checkpoint_of, load_checkpoint, save_checkpoint
+
+TINY = dict(block_size=8, vocab_size=13, n_layer=2, n_head=2, n_embd=8)
+
+
+def tiny(seed=0, **overrides):
+    """A small model whose weights, biases included, are far from zero, so that no term can hide."""
+    model = GPT(GPTConfig(**{**TINY, **overrides}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=generator) - 2.4 * name.endswith("gate_bias"))  # some gates closed
+    return model.eval()
+
+
+def numpy_forward(model, tokens):
+    """GPT-2 as its paper's equations say, for one sequence: (T,) -> logits (T, V). Shares no code with model.py."""
+    w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+    H = model.config.n_head
+
+    def layer_norm(x, name):
+        mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) / np.sqrt(var + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    T, C = len(tokens), model.config.n_embd
+    D = C // H
+    x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
+    for layer in range(model.config.n_layer):
+        qkv = linear(layer_norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn")
+        heads = []
+        for h in range(H):
+            q, k, v = (qkv[:, part * C + h * D : part * C + (h + 1) * D] for part in range(3))
+            scores = q @ k.T / math.sqrt(D)
+            out = np.zeros((T, D))
+            for i in range(T):
+                p = np.exp(scores[i, : i + 1] - scores[i, : i + 1].max())
+                p /= p.sum()
+                if f"h.{layer}.attn.gate_bias" in w:  # hard concrete, deterministic
+                    log_alpha = scores[i, : i + 1] + w[f"h.{layer}.attn.gate_bias"][h]
+                    p = p * np.clip(1.2 / (1 + np.exp(-log_alpha)) - 0.1, 0, 1)
+                out[i] = p @ v[: i + 1]
+            heads.append(out)
+        x = x + linear(np.concatenate(heads, axis=1), f"h.{layer}.attn.c_proj")
+        x = x + linear(gelu(linear(layer_norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")), f"h.{layer}.mlp.c_proj")
+    return layer_norm(x, "ln_f") @ w["wte.weight"].T
+
+
+@pytest.mark.parametrize("gate", ["none", "hard_concrete"])
+def test_logits_and_loss_equal_an_independent_numpy_forward_pass(gate):
+    model = tiny(gate=gate).double()
+    tokens, targets = np.array([3, 1, 12, 0, 7, 7]), np.array([-1, 12, 0, -1, 7, 2])
+    logits, loss = model(torch.tensor(tokens)[None], torch.tensor(targets)[None])
+    expected = numpy_forward(model, tokens)
+    assert np.abs(logits[0].detach().numpy() - expected).max() < 1e-9
+    log_p = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
+    wanted = targets >= 0
+    assert loss.item() == pytest.approx(-log_p[wanted, targets[wanted]].mean(), abs=1e-6)
+    last, none = model(torch.tensor(tokens)[None])
+    assert none is None and last.shape == (1, 1, 13) and torch.allclose(last[0, 0], logits[0, -1])
+
+
+def test_gates_can_close_in_the_numpy_comparison():
+    """Otherwise the comparison above would say nothing about them."""
+    edges = tiny(gate="hard_concrete").attention(torch.tensor([[3, 1, 12, 0, 7, 7]])).edges
+    causal = torch.ones(6, 6).tril().bool()
+    assert 0 < edges[..., causal].float().mean() < 1
+
+
+def test_stats_have_a_row_per_layer():
+    _, _, stats = tiny(gate="bernoulli")(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long), return_stats=True)
+    assert all(figure.shape == (2, 2) for figure in stats)
+    _, _, stats = tiny()(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long), return_stats=True)
+    assert (stats.hard_edges == 1).all() and (stats.mass_removed == 0).all()
+
+
+def test_training_samples_the_gates_and_evaluation_does_not():
+    model, idx = tiny(gate="hard_concrete"), torch.randint(13, (4, 8))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+def test_dense_weights_load_into_a_wide_open_gated_model_that_computes_the_same():
+    dense = tiny()
+    gated = GPT(GPTConfig(**TINY, gate="hard_concrete", gate_bias=50.0)).eval()
+    gated.load_state_dict(dense.state_dict(), strict=False)
+    idx = torch.randint(13, (3, 8))
+    assert torch.allclose(dense(idx)[0], gated(idx)[0], atol=1e-5)
+
+
+def test_attention_record():
+    model, idx = tiny(gate="hard_concrete"), torch.randint(13, (3, 6))
+    model.train()
+    record = model.attention(idx)
+    assert model.training, "attention() must leave the mode as it was"
+    assert record.pattern.shape == record.gate.shape == (2, 3, 2, 6, 6)
+    assert torch.allclose(record.pattern.sum(-1), torch.ones(2, 3, 2, 6), atol=1e-6)
+    assert (record.gate.triu(1) == 0).all()
+    model.eval()
+    stats = model(idx, idx, return_stats=True)[2]
+    assert torch.allclose(record.edges.float().sum((1, 3, 4)) / (3 * 21), stats.hard_edges)
+    # what the record says must be what the model does: rebuild layer 0's heads from it
+    q, k, v = model.h[0].attn.qkv(model.h[0].ln_1(model.wte(idx) + model.wpe(torch.arange(6))))
+    y = (record.pattern[0] * record.gate[0]) @ v
+    rebuilt = model.h[0].attn.c_proj(y.transpose(1, 2).reshape(3, 6, 8))
+    actual, _ = model.h[0].attn(model.h[0].ln_1(model.wte(idx) + model.wpe(torch.arange(6))))
+    assert torch.allclose(rebuilt, actual, atol=1e-6)
+
+
+@pytest.mark.parametrize("gate", ["none", "hard_concrete", "bernoulli"])
+def test_generation_with_the_cache_equals_generation_without(gate):
+    """Also past block_size, where the window slides."""
+    model, idx = tiny(gate=gate), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with_cache = model.generate(idx, 12, temperature=0)
+    for _ in range(12):
+        logits = model(idx[:, -8:])[0][:, -1]
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(with_cache, idx)
+
+
+def test_generation_samples_the_models_distribution():
+    model, idx = tiny(), torch.tensor([[1, 2, 3]])
+    torch.manual_seed(1)
+    n = 20_000
+    next_token = model.generate(idx.repeat(n, 1), 1, temperature=0.7)[:, -1]
+    expected = (model(idx)[0][0, -1] / 0.7).softmax(-1)
+    frequency = torch.bincount(next_token, minlength=13) / n
+    assert (frequency - expected).abs().max() < 5 * math.sqrt(0.25 / n)
+    kept = set(expected.topk(3).indices.tolist())
+    assert set(model.generate(idx.repeat(1000, 1), 1, top_k=3)[:, -1].tolist()) == kept
+
+
+def test_checkpoint_gives_the_same_model_back(tmp_path):
+    model, idx = tiny(gate="hard_concrete"), torch.randint(13, (2, 8))
+    save_checkpoint(checkpoint_of(model, {"tokenizer": "byte"}, {"seed": 1}), tmp_path / "model.pt")
+    again = GPT.from_pretrained(tmp_path / "model.pt")
+    assert again.config == model.config and not again.training
+    assert torch.equal(again(idx)[0], model(idx)[0])
+    dense = GPT.from_pretrained(tmp_path / "model.pt", gate="none")
+    assert dense.config.gate == "none" and not torch.equal(dense(idx)[0], model(idx)[0])
+
+
+def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    save_checkpoint({"format": "nanosparse model", "value": 1}, path)
+
+    def breaks(obj, file):
+        file.write(b"half a checkpoint")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", breaks)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint({"format": "nanosparse model", "value": 2}, path)
+    assert load_checkpoint(path)["value"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"], "the temporary file must not stay behind"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "foreign", "pickle", "empty"])
+def test_damaged_and_foreign_checkpoints_are_named(tmp_path, damage):
+    path = tmp_path / "model.pt"
+    save_checkpoint(checkpoint_of(tiny(), {}, {}), path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif damage == "pickle":
+        torch.save({"format": "nanosparse model", "code": HardConcrete()}, path)
+    else:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="model.pt is (damaged|no nanosparse model)"):
+        GPT.from_pretrained(path)
+
+
+def test_a_checkpoint_whose_tensors_do_not_fit_is_named(tmp_path):
+    checkpoint = checkpoint_of(tiny(), {}, {})
+    checkpoint["model_config"]["n_embd"] = 16
+    with pytest.raises(UserError, match="size mismatch"):
+        GPT.from_checkpoint(checkpoint)
+    checkpoint = checkpoint_of(tiny(), {}, {})
+    del checkpoint["model"]["h.1.ln_2.bias"]
+    with pytest.raises(UserError, match="h.1.ln_2.bias"):
+        GPT.from_checkpoint(checkpoint)
+
+
+def test_impossible_shapes_are_explained():
+    with pytest.raises(UserError, match="n_embd 8 is not divisible by n_head 3"):
+        GPTConfig(n_embd=8, n_head=3)
+    with pytest.raises(UserError, match="n_layer is 0"):
+        GPTConfig(n_layer=0)
+    with pytest.raises(UserError, match="gate is 'maybe': choose one of none, hard_concrete, bernoulli"):
+        GPTConfig(gate="maybe")
+    with pytest.raises(UserError, match="9 tokens do not fit the model's block_size 8"):
+        tiny()(torch.zeros(1, 9, dtype=torch.long))

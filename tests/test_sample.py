@@ -1,0 +1,81 @@
+"""sample.py: generation, pictures, scores, and what it says of bad input."""
+
+import pytest
+import torch
+
+import sample
+from config import UserError
+from data.prepare import prepare_text
+from data.tokenizer import CharTokenizer, tokenizer_of
+from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
+
+CHARACTERS = "\n abcdefghij"
+
+
+@pytest.fixture
+def models(tmp_path, data_dir):
+    """A task checkpoint, dense and gated, and a text checkpoint; untrained."""
+    from data.dataset import read_meta
+
+    torch.manual_seed(0)
+    shape = dict(block_size=8, vocab_size=12, n_layer=2, n_head=2, n_embd=16)
+    for name, gate in (("dense", "none"), ("sparse", "hard_concrete")):
+        model = GPT(GPTConfig(**shape, gate=gate, gate_bias=-2.4))
+        save_checkpoint(checkpoint_of(model, read_meta(data_dir / "sums"), {}), tmp_path / f"{name}.pt")
+    model = GPT(GPTConfig(**{**shape, "vocab_size": len(CHARACTERS)}))
+    save_checkpoint(checkpoint_of(model, CharTokenizer(CHARACTERS).meta(), {}), tmp_path / "text.pt")
+    return tmp_path
+
+
+def test_answers_a_problem_of_a_task(program, models):
+    code, out, _ = program(sample.main, models / "sparse.pt", "--prompt=4+5=")
+    assert code == 0 and out.startswith("4+5=") and len(out.strip()) == 6
+
+
+def test_text_is_reproducible_from_its_seed(program, models):
+    argv = [models / "text.pt", "--prompt=abc", "--max_new_tokens=30", "--num_samples=2"]
+    one, two = program(sample.main, *argv, "--seed=1")[1], program(sample.main, *argv, "--seed=1")[1]
+    assert one == two != program(sample.main, *argv, "--seed=2")[1]
+    assert one.count("abc") >= 2
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_pictures(program, models, ending):
+    code, out, _ = program(
+        sample.main, models / "sparse.pt", f"--compare={models / 'dense.pt'}", "--prompt=4+5=",
+        f"--plot={models / 'a'}.{ending}", f"--arcs={models / 'b'}.{ending}",
+    )  # fmt: skip
+    assert code == 0 and out.count("wrote") == 2
+    assert all((models / f"{name}.{ending}").stat().st_size > 5000 for name in "ab")
+
+
+def test_eval_only_prints_the_figures(program, models, data_dir):
+    code, out, _ = program(sample.main, models / "sparse.pt", "--eval_only", "--dataset=sums", f"--data_dir={data_dir}")
+    assert code == 0 and all(word in out for word in ("loss, nats", "accuracy", "hard edges", "layer 1"))
+
+
+BAD = [
+    (["{}/sparse.pt", "--prompt=4+x="], "the model does not know 'x': use only the characters '+0123456789='"),
+    (["{}/sparse.pt", "--prompt=4+5=0"], "the prompt '4+5=0' has 5 characters: this task's prompts have 4"),
+    (["{}/text.pt", "--prompt=abcabcabc"], "the prompt has 9 tokens, and the model sees 8 at once: shorten it"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "cannot write the picture"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a.doc"], "choose another path, ending in .png, .svg or .pdf"),
+    (["{}/missing.pt"], "there is no checkpoint"),
+    (["{}/sparse.pt", "--eval_only"], "--eval_only needs to know on what: add --dataset=NAME"),
+    (["{}/sparse.pt", "--eval_only", "--dataset=none"], "run `python data/prepare.py text PATH --name=none`"),
+    (["{}/sparse.pt", "--temperature=-1"], "--temperature is -1.0: give at least 0"),
+    ([], "give one checkpoint, such as out/addition/sparse.pt: 0 were given"),
+]
+
+
+@pytest.mark.parametrize("argv, sentence", BAD, ids=[" ".join(argv) for argv, _ in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(program, models, argv, sentence):
+    code, _, err = program(sample.main, *(word.format(models) for word in argv))
+    assert code == 2 and sentence in err and len(err.splitlines()) == 1
+
+
+def test_a_checkpoint_that_does_not_fit_the_dataset(program, models):
+    (models / "t").write_text("xyz" * 50)
+    prepare_text([models / "t"], models / "xyz", "char", 0.1)
+    code, _, err = program(sample.main, models / "sparse.pt", "--eval_only", "--dataset=xyz", f"--data_dir={models}")
+    assert code == 2 and "sparse.pt was trained on other tokens (char, 12 of them) than xyz has (char, 3)" in err

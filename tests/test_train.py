@@ -1,0 +1,280 @@
+"""The training loop: edges fall, runs resume bit for bit, and nothing is lost when something goes wrong."""
+
+import json
+import signal
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train as train_module
+from config import UserError
+from data.prepare import prepare_text
+from gates import GATES
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from report import evaluate
+from train import RECIPES, TrainConfig, learning_rate_at, make_optimizer, train, training_step
+
+SMALL = TrainConfig(
+    dataset="sums", n_layer=2, n_head=2, n_embd=16, block_size=5, batch_size=16, pretrain_steps=12, sparsify_steps=12,
+    control=False, learning_rate=1e-2, gate_learning_rate=1e-1, min_lr=1e-3, warmup_iters=2, eval_interval=5, log_interval=3,
+    dropout=0.1, device="cpu", seed=3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def small(data_dir, tmp_path, monkeypatch, request):
+    if "promises" not in request.node.name:  # pictures take longer than all the rest
+        monkeypatch.setattr(train_module, "draw", lambda *args: [])
+    return replace(SMALL, data_dir=str(data_dir), out_dir=str(tmp_path / "run"))
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_at(monkeypatch, n):
+    """Let the nth training step be interrupted as Ctrl-C would."""
+    calls = []
+
+    def step(*args):
+        calls.append(1)
+        if len(calls) == n:
+            signal.raise_signal(signal.SIGINT)
+        return training_step(*args)
+
+    monkeypatch.setattr(train_module, "training_step", step)
+
+
+def test_a_run_writes_what_it_promises(small, tmp_path, capsys):
+    summary = train(replace(small, control=True))
+    folder = tmp_path / "run"
+    files = {"dense.pt", "sparse.pt", "control.pt", "last.pt", "log.jsonl", "summary.json"}
+    assert {p.name for p in folder.iterdir()} == files | {"training.png", "attention.png", "arcs.png"}
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["bound"] == pytest.approx(summary["dense_loss"] + 0.01)
+    for name, key in (("dense", "dense_loss"), ("sparse", "sparse_loss"), ("control", "control_loss")):
+        model = GPT.from_pretrained(folder / f"{name}.pt")
+        data = train_module.Dataset("sums", 5, small.data_dir)
+        assert evaluate(model, data)["loss"] == pytest.approx(summary[key])
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["phase"] == "sparse" and "multiplier" in line]
+    assert steps == [3, 6, 9, 12]
+    wanted = {"phase", "step", "loss", "bound", "multiplier", "expected_edges", "hard_edges", "learning_rate", "tokens_per_second"}
+    assert all(wanted <= line.keys() for line in lines if line["phase"] == "sparse" and "multiplier" in line)
+    out = capsys.readouterr().out
+    for words in ("hard edges", "expected edges", "empty rows", "accuracy", "layer 1", "attention.png", "tokens/s", "left"):
+        assert words in out
+
+
+def test_evaluation_agrees_with_a_plain_loop_over_greedy_answers(data_dir):
+    data = train_module.Dataset("sums", 5, data_dir)
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=1, n_head=2, n_embd=8, gate="hard_concrete", gate_bias=-2.0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(20)
+    examples = torch.from_numpy(data.tokens["val"].astype("int64")).view(-1, 6)
+    answers = model.generate(examples[:, :4], 2, temperature=0)[:, 4:]
+    result = evaluate(model, data, batch_size=7)
+    assert result["accuracy"] == pytest.approx((answers == examples[:, 4:]).all(1).double().mean().item())
+    model.eval()
+    log_p = model(examples[:, :-1], examples[:, 1:])[0].log_softmax(-1)
+    loss = -log_p[:, 3:].gather(-1, examples[:, 4:, None]).mean().item()
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
+    edges = model.attention(examples[:, :-1]).edges.sum().item() / (100 * 2 * 15)
+    assert result["edges_hard"] == pytest.approx(edges)
+
+
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_thirty_steps_close_edges(small, gate):
+    summary = train(replace(small, gate=gate, gate_bias=1.0, pretrain_steps=1, sparsify_steps=30, loss_tolerance=10.0, dropout=0.0))
+    assert summary["edges_hard"] < 0.8 and summary["edges_expected"] < 0.8
+
+
+# interrupted in the dense phase before and after its first evaluation; in the sparse phase; in the control
+@pytest.mark.parametrize("n", [1, 4, 5, 7, 12, 13, 15, 20, 24, 30])
+def test_resuming_equals_never_stopping_bit_for_bit(small, tmp_path, monkeypatch, n):
+    small = replace(small, control=True)
+    train(small)
+    broken = replace(small, out_dir=str(tmp_path / "broken"))
+    stop_at(monkeypatch, n)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+ of 12"):
+        train(broken)
+    monkeypatch.setattr(train_module, "training_step", training_step)
+    train(replace(broken, resume=True))
+    for name in ("dense", "sparse", "control"):
+        assert same(weights(tmp_path / "run" / f"{name}.pt"), weights(tmp_path / "broken" / f"{name}.pt")), name
+
+    def log(folder):
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+    assert log(tmp_path / "run") == log(tmp_path / "broken")
+
+
+def test_evaluating_more_often_changes_nothing(small, tmp_path):
+    train(small)
+    train(replace(small, eval_interval=1, log_interval=1, out_dir=str(tmp_path / "often")))
+    assert same(weights(tmp_path / "run" / "sparse.pt"), weights(tmp_path / "often" / "sparse.pt"))
+
+
+def test_a_finished_run_is_reused_and_other_settings_are_not(small, tmp_path, monkeypatch, capsys):
+    first = train(small)
+    capsys.readouterr()
+
+    def no_training(*args):
+        raise AssertionError("a finished phase was trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "training_step", no_training)
+        assert train(small)["sparse_loss"] == first["sparse_loss"]
+        assert train(replace(small, resume=True))["sparse_loss"] == first["sparse_loss"]
+    assert capsys.readouterr().out.count("is finished and has the same settings: reused") == 4
+    dense = weights(tmp_path / "run" / "dense.pt")
+    train(replace(small, loss_tolerance=0.5))  # a new sparse phase from the same dense model
+    assert "dense: " in (out := capsys.readouterr().out) and "sparse: " not in out.split("validation")[0]
+    assert same(dense, weights(tmp_path / "run" / "dense.pt"))
+    train(replace(small, seed=4))
+    assert not same(dense, weights(tmp_path / "run" / "dense.pt"))
+
+
+def test_post_training_an_existing_dense_model(small, tmp_path):
+    train(small)
+    dense = tmp_path / "run" / "dense.pt"
+    one = train(replace(small, init_from=str(dense), seed=11, out_dir=str(tmp_path / "one"), n_embd=999))
+    two = train(replace(small, init_from=str(dense), seed=12, out_dir=str(tmp_path / "two")))
+    assert one["dense_loss"] == two["dense_loss"] and one["sparse_loss"] != two["sparse_loss"]
+    assert one["config"]["n_embd"] == 16, "the checkpoint decides the shape"
+    with pytest.raises(UserError, match="sparse.pt has gates already"):
+        train(replace(small, init_from=str(tmp_path / "run" / "sparse.pt")))
+
+
+def test_gated_model_starts_from_the_dense_weights_and_dense_stays(small, tmp_path):
+    train(replace(small, sparsify_steps=1, learning_rate=1e-9, gate_learning_rate=1e-9, min_lr=0.0))
+    dense, sparse = (weights(tmp_path / "run" / f"{name}.pt") for name in ("dense", "sparse"))
+    assert all(torch.allclose(dense[name], sparse[name], atol=1e-6) for name in dense)
+    assert torch.allclose(sparse["h.0.attn.gate_bias"], torch.full((2,), 5.0))
+
+
+def test_accumulated_micro_steps_are_one_large_batch(data_dir):
+    data = train_module.Dataset("sums", 5, data_dir)
+    x, y = data.batch("train", 32, torch.Generator().manual_seed(0))
+    states = []
+    for batches in ([(x, y)], [(x[:16], y[:16]), (x[16:], y[16:])]):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=1, n_head=2, n_embd=8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        loss, _ = training_step(model, optimizer, batches, None, 1e9, nullcontext)
+        states.append((loss, model.state_dict()))
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-6)
+    assert all(torch.allclose(states[0][1][name], p, atol=1e-6) for name, p in states[1][1].items())
+
+
+def test_learning_rates():
+    config = replace(SMALL, warmup_iters=10, learning_rate=1.0, min_lr=0.1)
+    assert learning_rate_at(0, 100, config) == pytest.approx(1 / 11)
+    assert learning_rate_at(50, 100, config) == pytest.approx(0.55)
+    assert learning_rate_at(100, 100, config) == pytest.approx(0.1)
+    model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=1, n_head=2, n_embd=8, gate="bernoulli"))
+    groups = make_optimizer(model, SMALL, 0.1).param_groups
+    assert [(len(g["params"]), g["weight_decay"], g["lr_ratio"]) for g in groups] == [(6, 0.1, 1), (10, 0, 1), (1, 0, 10)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(small, tmp_path, monkeypatch):
+    calls = []
+
+    def step(model, *args):
+        calls.append(1)
+        if len(calls) == 12 + 8:
+            with torch.no_grad():
+                model.wte.weight.fill_(float("nan"))
+        return training_step(model, *args)
+
+    monkeypatch.setattr(train_module, "training_step", step)
+    with pytest.raises(UserError, match="sparse: the loss is nan at step 7: .*last.pt holds the last good one"):
+        train(small)
+    saved = load_checkpoint(tmp_path / "run" / "last.pt", format="nanosparse run")
+    assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["model"].values())
+    monkeypatch.setattr(train_module, "training_step", training_step)
+    assert train(replace(small, resume=True))["sparse_loss"] > 0
+
+
+def test_text_runs_too(tmp_path, real_text):
+    prepare_text([real_text], tmp_path / "data" / "text", "char", 0.1)
+    config = replace(RECIPES["shakespeare_char"], dataset="text", data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "run"))
+    config = replace(config, pretrain_steps=30, sparsify_steps=5, eval_interval=20, n_layer=2, n_embd=32, device="cpu")
+    summary = train(config)
+    assert summary["dense_loss"] < 4.0 and "dense_accuracy" not in summary and summary["control_loss"] > 0
+
+
+BAD = [
+    (["adition"], "there is no recipe 'adition': choose one of addition, shakespeare_char"),
+    (["addition", "--batchsize=4"], "there is no option --batchsize: did you mean --batch_size?"),
+    (["addition", "--batch_size=four"], "--batch_size is 'four': give a whole number"),
+    (["addition", "--n_embd=10", "--n_head=4"], "n_embd 10 is not divisible by n_head 4"),
+    (["addition", "--n_layer=0"], "--n_layer is 0: give at least 1"),
+    (["addition", "--learning_rate=-1"], "--learning_rate is -1.0: give more than 0"),
+    (["addition", "--pretrain_steps=0"], "--pretrain_steps is 0: give at least 1"),
+    (["addition", "--gate=gumbel"], "--gate is 'gumbel': choose one of hard_concrete, bernoulli"),
+    (["addition", "--device=gpu"], "--device is 'gpu': choose auto, cpu, cuda, cuda:N"),
+    (["addition", "--device=cuda:99"], "--device is cuda:99, but PyTorch sees"),
+    (["addition", "--data_dir=/nowhere"], "/nowhere/addition/meta.json is missing: run `python data/prepare.py addition`"),
+    (["addition", "--init_from=nothing.pt"], "there is no checkpoint nothing.pt"),
+    (["addition", "extra"], "what is 'extra'? Options are written --name=value"),
+]
+
+
+@pytest.mark.parametrize("argv, sentence", BAD, ids=[" ".join(argv) for argv, _ in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(program, tmp_path, argv, sentence):
+    code, out, err = program(train_module.main, *argv, f"--out_dir={tmp_path / 'new'}")
+    assert code == 2 and err.startswith("error: ") and sentence in err and len(err.splitlines()) == 1
+    assert "Traceback" not in err and not (tmp_path / "new").exists()
+
+
+def test_all_problems_of_a_command_line_are_reported_together(program):
+    code, _, err = program(train_module.main, "adition", "--gate=x", "--n_layer=-1", "--seed=a", "--bogus")
+    assert code == 2 and len(err.splitlines()) == 5
+
+
+def test_nothing_to_resume(program, small, tmp_path):
+    argv = ["addition", "--resume", f"--out_dir={tmp_path / 'none'}", f"--data_dir={small.data_dir}", "--dataset=sums"]
+    code, _, err = program(train_module.main, *argv)
+    assert code == 2 and "there is nothing to resume" in err and "last.pt does not exist" in err
+
+
+def test_resuming_with_other_settings_is_refused_and_loses_nothing(small, tmp_path):
+    train(small)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="pretrain_steps was 12, now 20; batch_size was 16, now 8: give the same values"):
+        train(replace(small, resume=True, pretrain_steps=20, batch_size=8))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_damaged_last_pt_is_named(small, tmp_path):
+    train(small)
+    (tmp_path / "run" / "last.pt").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match="last.pt is damaged"):
+        train(replace(small, resume=True))
+    save_checkpoint({"format": "something else"}, tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match="last.pt is no nanosparse run"):
+        train(replace(small, resume=True))
+
+
+def test_a_checkpoint_that_does_not_fit_the_dataset(small, tmp_path):
+    train(small)
+    (tmp_path / "text.txt").write_text("other characters " * 50)
+    prepare_text([tmp_path / "text.txt"], tmp_path / "data" / "text", "char", 0.1)
+    other = replace(small, dataset="text", data_dir=str(tmp_path / "data"), init_from=str(tmp_path / "run" / "dense.pt"))
+    with pytest.raises(UserError, match=r"dense.pt was trained on other tokens \(char, 12 of them\) than text has"):
+        train(replace(other, out_dir=str(tmp_path / "other")))
+
+
+def test_recipes_are_possible():
+    for name, recipe in RECIPES.items():
+        assert train_module.command_line.check(recipe) == [], name
