@@ -32,7 +32,7 @@ class HardConcrete:
         self.beta, self.gamma, self.zeta = beta, gamma, zeta
 
     def _stretch(self, s):
-        return (s * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
+        return F.hardtanh(s * (self.zeta - self.gamma) + self.gamma, 0, 1)  # clamp, with a cheaper backward pass
 
     def sample(self, log_alpha, u=None):
         """The gate while training: z = stretch(sigmoid((logit(u) + log_alpha) / beta)), u uniform on (0, 1)."""
@@ -100,15 +100,15 @@ def causal_mask(n_queries, n_keys, device=None):
 def attention_pattern(q, k, bias=0.0):
     """Softmax attention and the gates' logits, before any gate is applied.
 
-    q: (B, H, Tq, D), k: (B, H, Tk, D), bias: (H,) or a number -> pattern, log_alpha, both (B, H, Tq, Tk), at least float32.
+    q: (B, H, Tq, D), k: (B, H, Tk, D), bias: (H, 1, 1) or a number -> pattern, log_alpha, both (B, H, Tq, Tk), at least
+    float32. Where causality forbids an edge the pattern is zero and log_alpha hugely negative: a closed gate in every count.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, Tq, Tk)
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()  # the gates' noise needs more than 8 bits
-    mask = causal_mask(q.size(-2), k.size(-2), q.device)
-    pattern = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    bias = bias[:, None, None] if torch.is_tensor(bias) else bias
-    return pattern, scores + bias
+    forbidden = ~causal_mask(q.size(-2), k.size(-2), q.device)
+    scores = scores.masked_fill(forbidden, torch.finfo(scores.dtype).min / 2)
+    return scores.softmax(dim=-1), scores + bias
 
 
 def gated_attention(q, k, v, bias, gate, training, u=None):
@@ -118,24 +118,23 @@ def gated_attention(q, k, v, bias, gate, training, u=None):
     training: sample the gates (True) or take the deterministic ones; u: (B, H, T, T) uniforms in (0, 1) to sample with,
     drawn if None. Returns y: (B, H, T, D) and AttentionStats. During generation q may hold only the last positions.
     """
-    pattern, log_alpha = attention_pattern(q, k, bias)
+    pattern, log_alpha = attention_pattern(q, k, bias[:, None, None])
     z = gate.sample(log_alpha, u) if training else gate.deterministic(log_alpha)  # (B, H, T, T)
-    y = (pattern * z).to(v.dtype) @ v  # the pattern is zero above the diagonal, whatever the gates are there
+    y = (pattern * z).to(v.dtype) @ v
     return y, attention_stats(pattern, log_alpha, gate)
 
 
 def attention_stats(pattern, log_alpha, gate):
-    """AttentionStats of gates with logits log_alpha on an attention pattern, both (B, H, Tq, Tk)."""
+    """AttentionStats of what attention_pattern returned."""
     B, H, Tq, Tk = log_alpha.shape
-    mask = causal_mask(Tq, Tk, log_alpha.device)
-    n_pairs = B * mask.sum()
+    n_pairs = B * Tq * (2 * Tk - Tq + 1) // 2
 
-    def mean_over_pairs(x):
-        return (x * mask).sum(dim=(0, 2, 3)) / n_pairs  # (H,)
+    def mean_over_pairs(x):  # pairs that causality forbids add nothing
+        return x.sum(dim=(0, 2, 3)) / n_pairs  # (H,)
 
     penalty = mean_over_pairs(edge_penalty(gate, log_alpha))
     with torch.no_grad():
-        open_edges = (gate.deterministic(log_alpha) > 0) & mask
+        open_edges = gate.deterministic(log_alpha) > 0
         return AttentionStats(
             penalty=penalty,
             expected_edges=mean_over_pairs(gate.open_probability(log_alpha)),

@@ -215,15 +215,14 @@ class GPT(nn.Module):
         patterns, gates = [], []
         for block in self.h:
             q, k, _ = block.attn.qkv(block.ln_1(x))
-            mask = causal_mask(idx.size(1), idx.size(1), idx.device)
             if block.attn.gate is None:
                 pattern, _ = attention_pattern(q, k)
-                z = torch.ones_like(pattern)
+                z = causal_mask(idx.size(1), idx.size(1), idx.device).to(pattern.dtype).expand_as(pattern)
             else:
-                pattern, log_alpha = attention_pattern(q, k, block.attn.gate_bias)
+                pattern, log_alpha = attention_pattern(q, k, block.attn.gate_bias[:, None, None])
                 z = block.attn.gate.deterministic(log_alpha)
             patterns.append(pattern)
-            gates.append(z * mask)
+            gates.append(z)
             x, _ = block(x)
         self.train(was_training)
         return AttentionRecord(torch.stack(patterns), torch.stack(gates))

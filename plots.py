@@ -72,7 +72,9 @@ def attention_figure(labels, records, per_row=8):
             if panel == 0:
                 axis.set_xlabel("key", fontsize=7, labelpad=1)
                 axis.set_ylabel("query", fontsize=7, labelpad=1)
-        block.colorbar(image, ax=axes, shrink=0.6, pad=0.01, aspect=25).set_label("attention weight", fontsize=7)
+        bar = block.colorbar(image, ax=axes, shrink=0.6, pad=0.01, aspect=25)
+        bar.set_label("attention weight", fontsize=7)
+        bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -90,12 +92,15 @@ def draw_head(axis, weight, edges):
 def arcs_figure(labels, weight, edges):
     """The open edges of one sequence as arcs over its tokens, one strip per layer, the last layer on top.
 
-    labels: T strings; weight, edges: (L, H, T, T) as in attention_figure. An arc joins a key (left) to the query (right)
-    that reads it; a ring is a token that reads itself; the colour is the head, the width the attention weight.
+    labels: T strings; weight, edges: (L, H, T, T) as in attention_figure. An arc runs from a key to the query that reads
+    it, at its arrow head; a ring is a token that reads itself; the colour is the head, the width the attention weight.
     """
     labels = [visible(label) for label in labels]
     n_layer, n_head, T, _ = weight.shape
-    figure, axes = plt.subplots(n_layer, 1, figsize=(10, 1.75 * n_layer + 0.5), squeeze=False, layout="constrained")
+    tall = [1.5 if edges[layer].any() else 0.45 for layer in reversed(range(n_layer))]  # inches; a closed layer is a line
+    figure, axes = plt.subplots(
+        n_layer, 1, figsize=(10, sum(tall) + 0.3 * n_layer + 0.4), height_ratios=tall, squeeze=False, layout="constrained"
+    )
     for layer, axis in zip(reversed(range(n_layer)), axes[:, 0]):
         for head, query, key in zip(*np.nonzero(edges[layer])):
             style = dict(color=HEAD_COLOURS[head % len(HEAD_COLOURS)], lw=0.6 + 2.4 * weight[layer, head, query, key])
@@ -103,7 +108,9 @@ def arcs_figure(labels, weight, edges):
             if query == key:
                 axis.add_patch(Arc((query + shift, 0.16), 0.16, 0.2, **style))
             else:
-                axis.add_patch(Arc(((query + key) / 2 + shift, 0), query - key, 2 * height(query - key, T), theta2=180, **style))
+                middle, width = (query + key) / 2 + shift, query - key
+                axis.add_patch(Arc((middle, 0), width, 2 * height(width, T), theta2=180, **style))
+                axis.plot(query + shift, 0.03, marker="v", color=style["color"], ms=5, clip_on=False)  # into the query
         n_open = int(edges[layer].sum())
         axis.set_ylabel(f"layer {layer}\n{n_open} edge{'s' * (n_open != 1)}", rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xlim=(-0.6, T - 0.4), ylim=(0, 1.05), yticks=[])

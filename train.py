@@ -111,7 +111,7 @@ RECIPES = {
 
 # Fields that do not change what a phase computes, and fields that the dense phase does not look at.
 NO_RESULT = set("data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split())
-NOT_DENSE = set("gate gate_bias loss_tolerance multiplier_rate multiplier_scale sparsify_steps gate_learning_rate".split())
+NOT_DENSE = set("gate gate_bias gate_learning_rate loss_tolerance multiplier_rate multiplier_scale sparsify_steps".split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,9 +160,10 @@ def make_optimizer(model, config, weight_decay):
 
 
 @torch.no_grad()
-def training_loss(model, data, config, generator, accuracy=0.002):
-    """The loss of model in training mode on random training batches, as many as bring the standard error of the mean to
+def training_loss(model, data, config, accuracy=0.002):
+    """The loss of model, in training mode, on random training batches: as many as bring the standard error of the mean to
     `accuracy` nats (16 at least, one pass over the data at most)."""
+    generator = torch.Generator().manual_seed(config.seed)
     model.train()
     one_pass = math.ceil(len(data.tokens["train"]) / data.sequence_tokens / config.batch_size)
     losses = []
@@ -170,6 +171,7 @@ def training_loss(model, data, config, generator, accuracy=0.002):
         losses.append(model(*data.batch("train", config.batch_size, generator))[1].item())
         if len(losses) >= 16 and torch.tensor(losses).std().item() / math.sqrt(len(losses)) <= accuracy:
             break
+    model.eval()
     return sum(losses) / len(losses)
 
 
@@ -258,21 +260,22 @@ def sparse_phase(run, dense):
     model = GPT(gated)
     model.load_state_dict(dense["model"].state_dict(), strict=False)  # all but the gates' biases
 
-    def bound():
-        generator = torch.Generator().manual_seed(config.seed)
-        torch.manual_seed(config.seed)
-        with run.autocast():
-            loss = training_loss(dense["model"], run.data, config, generator)
-        print(f"the dense model's training loss is {loss:.4f}: the bound while training is {loss + config.loss_tolerance:.4f}")
-        dense["model"].eval()
-        return LossBound(loss + config.loss_tolerance, scale=config.multiplier_scale, rate=config.multiplier_rate)
+    def make_bound(resumed):
+        bound = LossBound(math.inf, scale=config.multiplier_scale, rate=config.multiplier_rate)
+        if not resumed:  # else last.pt knows it
+            with run.autocast():
+                loss = training_loss(dense["model"], run.data, config)
+            bound.bound = loss + config.loss_tolerance
+            print(f"the dense model's training loss is {loss:.4f}; the bound while training is {bound.bound:.4f}")
+        return bound
 
-    return phase(run, "sparse", identity, model, config.sparsify_steps, 0.0, bound)
+    return phase(run, "sparse", identity, model, config.sparsify_steps, 0.0, make_bound)
 
 
 def control_phase(run, dense):
     """The dense model, trained on as the sparse one is, but for the loss alone."""
-    identity = {**settings_of(run.config, run.data, NO_RESULT), "dense": fingerprint(dense["model"])}
+    left_out = NO_RESULT | NOT_DENSE - {"sparsify_steps"}
+    identity = {**settings_of(run.config, run.data, left_out), "dense": fingerprint(dense["model"])}
     model = GPT(dense["model"].config)
     model.load_state_dict(dense["model"].state_dict())
     return phase(run, "control", identity, model, run.config.sparsify_steps, 0.0)
@@ -300,68 +303,36 @@ def phase(run, name, identity, model, steps, weight_decay, make_bound=None):
 
 def fit(run, name, identity, model, steps, weight_decay, make_bound):
     """The training loop of one phase, from its first step or from where last.pt left it. Returns seconds and the bound."""
-    config, data = run.config, run.data
+    config = run.config
+    resumed = bool(run.saved) and run.saved["phase"] == name
+    bound = make_bound(resumed) if make_bound else None
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
-    first, elapsed, recent, bound = 0, 0.0, [], None
-    resumed = bool(run.saved) and run.saved["phase"] == name
+    torch.manual_seed(config.seed + 2)  # of the gates' noise and dropout
+    first, elapsed, recent = 0, 0.0, []  # recent: losses since the last line of the log
     if resumed:
-        state = run.saved
-        if state["identity"] != identity:
-            raise UserError(f"{run.folder / 'last.pt'} continues another dense model: start over without --resume")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, elapsed, recent = state["step"], state["seconds"], state["recent"]
-        if state["bound"] is not None:
-            bound = LossBound(0.0)
-            bound.load_state_dict(state["bound"])
-        generator.set_state(state["batches"])
-        torch.set_rng_state(state["noise"])
-        if state["noise_cuda"]:
-            torch.cuda.set_rng_state_all(state["noise_cuda"])
-        print(f"{name}: resumed at step {first} of {steps}")
-    else:
-        bound = make_bound() if make_bound else None
-        torch.manual_seed(config.seed + 2)  # the gates' noise and dropout
+        first, elapsed, recent = restore(run, identity, model, optimizer, bound, generator)
+        print(f"{name}: resumed after step {first} of {steps}")
     keep_log_lines(run.folder / "log.jsonl", name, first)
-    forward = torch.compile(model) if config.compile else model
     started = time.time() - elapsed
-
-    def save(step):
-        state = {
-            "format": "nanosparse run",
-            "settings": settings_of(config, data, NO_RESULT),
-            "phase": name,
-            "identity": identity,
-            "step": step,
-            "seconds": time.time() - started,
-            "recent": recent,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "bound": bound.state_dict() if bound else None,
-            "batches": generator.get_state(),
-            "noise": torch.get_rng_state(),
-            "noise_cuda": torch.cuda.get_rng_state_all() if run.device.startswith("cuda") else [],
-        }
-        save_checkpoint(state, run.folder / "last.pt")
-
+    forward = torch.compile(model) if config.compile else model
     model.train()
     for step in range(first, steps):
         if step % config.eval_interval == 0 and not (resumed and step == first):
             validate(run, name, step, model)
-            save(step)
+            save(run, name, identity, model, optimizer, bound, generator, step, time.time() - started, recent)
         if run.stop:
-            save(step)
-            raise KeyboardInterrupt(f"{name}: stopped at step {step} of {steps}")
+            save(run, name, identity, model, optimizer, bound, generator, step, time.time() - started, recent)
+            raise KeyboardInterrupt(f"{name}: stopped after step {step} of {steps}")
         lr = learning_rate_at(step, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        batches = [data.batch("train", config.batch_size, generator) for _ in range(config.gradient_accumulation_steps)]
+        batches = [run.data.batch("train", config.batch_size, generator) for _ in range(config.gradient_accumulation_steps)]
         loss, stats = training_step(forward, optimizer, batches, bound, config.grad_clip, run.autocast)
         if not math.isfinite(loss):
             raise UserError(
-                f"{name}: the loss is {loss} at step {step}: {run.folder / 'last.pt'} holds the last good one; try a smaller "
-                "--learning_rate"
+                f"{name}: the loss is {loss} in step {step + 1}: {run.folder / 'last.pt'} holds the last good one; try a "
+                "smaller --learning_rate"
             )
         recent.append(loss)
         if (step + 1) % config.log_interval == 0 or step + 1 == steps:
@@ -376,6 +347,43 @@ def fit(run, name, identity, model, steps, weight_decay, make_bound):
             recent.clear()
     validate(run, name, steps, model)
     return time.time() - started, bound
+
+
+def save(run, name, identity, model, optimizer, bound, generator, step, seconds, recent):
+    """Write last.pt: everything that going on after this many steps needs."""
+    state = {
+        "format": "nanosparse run",
+        "settings": settings_of(run.config, run.data, NO_RESULT),
+        "phase": name,
+        "identity": identity,
+        "step": step,
+        "seconds": seconds,
+        "recent": recent,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "bound": bound.state_dict() if bound else None,
+        "batches": generator.get_state(),
+        "noise": torch.get_rng_state(),
+        "noise_cuda": torch.cuda.get_rng_state_all() if run.device.startswith("cuda") else [],
+    }
+    save_checkpoint(state, run.folder / "last.pt")
+
+
+def restore(run, identity, model, optimizer, bound, generator):
+    """Put what `save` wrote back in place. Returns the steps done, the seconds spent, and the losses not logged yet."""
+    state = run.saved
+    if state["identity"] != identity:
+        raise UserError(f"{run.folder / 'last.pt'} continues another dense model: start over without --resume")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if bound is not None:
+        bound.load_state_dict(state["bound"])
+    generator.set_state(state["batches"])
+    torch.set_rng_state(state["noise"])
+    if state["noise_cuda"] and run.device.startswith("cuda"):
+        torch.cuda.set_rng_state_all(state["noise_cuda"])
+    return state["step"], state["seconds"], state["recent"]
+
 
 def validate(run, name, step, model):
     """Evaluate on eval_iters validation batches; log and print the result."""

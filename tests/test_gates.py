@@ -150,7 +150,7 @@ def test_bernoulli_gradient_is_that_of_its_surrogate():
 def test_statistics_by_hand():
     """Two positions, three causal pairs: (0,0) open, (1,0) closed with weight 3/4, (1,1) open."""
     gate = Bernoulli()
-    log_alpha = torch.tensor([[[[2.0, 9.0], [-1.0, 1.0]]]])  # the 9 lies above the diagonal and must not count
+    log_alpha = torch.tensor([[[[2.0, -1e30], [-1.0, 1.0]]]])
     pattern = torch.tensor([[[[1.0, 0.0], [0.75, 0.25]]]])
     stats = attention_stats(pattern, log_alpha, gate)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
@@ -158,6 +158,22 @@ def test_statistics_by_hand():
     assert stats.expected_edges.item() == pytest.approx((sigmoid(2) + sigmoid(-1) + sigmoid(1)) / 3)
     assert stats.empty_rows.item() == 0
     assert stats.mass_removed.item() == pytest.approx(0.75 / 2)
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_statistics_count_causal_pairs_only(gate, scale):
+    """Against a loop over the pairs, also for huge scores."""
+    q, k, v = qkv(2, 1, 4, 2)
+    q = q * scale
+    y, stats = gated_attention(q, k, v, torch.tensor([-0.5]), gate, False)
+    logits = q @ k.transpose(-2, -1) / math.sqrt(2) - 0.5
+    pairs = [logits[b, 0, i, j] for b in range(2) for i in range(4) for j in range(i + 1)]
+    hard = [gate.deterministic(x).item() > 0 for x in pairs]
+    expected = [gate.open_probability(x).item() for x in pairs]
+    assert stats.hard_edges.item() == pytest.approx(sum(hard) / 20)
+    assert stats.expected_edges.item() == pytest.approx(sum(expected) / 20, abs=1e-6)
+    assert y.isfinite().all() and all(figure.isfinite().all() for figure in stats)
 
 
 @BOTH

@@ -104,7 +104,7 @@ def test_resuming_equals_never_stopping_bit_for_bit(small, tmp_path, monkeypatch
     train(small)
     broken = replace(small, out_dir=str(tmp_path / "broken"))
     stop_at(monkeypatch, n)
-    with pytest.raises(KeyboardInterrupt, match=r"stopped at step \d+ of 12"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step \d+ of 12"):
         train(broken)
     monkeypatch.setattr(train_module, "training_step", training_step)
     train(replace(broken, resume=True))
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
         return training_step(model, *args)
 
     monkeypatch.setattr(train_module, "training_step", step)
-    with pytest.raises(UserError, match="sparse: the loss is nan at step 7: .*last.pt holds the last good one"):
+    with pytest.raises(UserError, match="sparse: the loss is nan in step 8: .*last.pt holds the last good one"):
         train(small)
     saved = load_checkpoint(tmp_path / "run" / "last.pt", format="nanosparse run")
     assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["model"].values())
