@@ -13,6 +13,7 @@ line are found before any is reported, one sentence each.
 
 import dataclasses
 import difflib
+import math
 import sys
 
 
@@ -37,59 +38,67 @@ def parse(config, argv, problems=()):
     problems: what the caller found wrong on the same command line already. Raises UserError with everything that is wrong.
     """
     fields = {f.name: f for f in dataclasses.fields(config) if "count" not in f.metadata}
-    others = [f.name for f in dataclasses.fields(config) if "count" in f.metadata]
-    values, problems, words = {name: () for name in others}, list(problems), list(argv)
+    values, problems, words, others = {}, list(problems), list(argv), []
     while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            if others:
-                values[others[0]] += (word,)
+        try:
+            if words[0].startswith("--"):
+                read_option(words, fields, values)
             else:
-                problems.append(f"what is {word!r}? Options are written --name=value")
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in fields and fields.get(name.removeprefix("no_"), None) and fields[name[3:]].type in (bool, "bool"):
-            values[name[3:]] = False
-            if equals:
-                problems.append(f"{word.partition('=')[0]} takes no value: write {word.partition('=')[0]} or --{name[3:]}")
-            continue
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            problems.append(f"there is no option --{name}: " + (f"did you mean --{near[0]}?" if near else "see --help"))
-            continue
-        if fields[name].type in (bool, "bool"):
-            values[name] = value if equals else True
-        elif equals:
-            values[name] = value
-        elif words and not words[0].startswith("--"):
-            values[name] = words.pop(0)
-        else:
-            problems.append(f"--{name} needs a value: write --{name}=VALUE")
-            continue
-        values[name], problem = convert(fields[name], values[name])
-        if problem:
-            problems.append(problem)
-            del values[name]
+                others.append(words.pop(0))
+        except UserError as problem:
+            problems.append(str(problem))
+    takes_others = [f.name for f in dataclasses.fields(config) if "count" in f.metadata]
+    if takes_others:
+        values[takes_others[0]] = tuple(others)
+    else:
+        problems += [f"what is {word!r}? Options are written --name=value" for word in others]
     config = dataclasses.replace(config, **values)
-    problems += [p for p in check(config) if p not in problems]
+    problems += check(config)
     if problems:
         raise UserError("\n".join(problems))
     return config
 
 
-def convert(field, value):
-    """(value in the field's type, None), or (None, the sentence that says why not)."""
+def read_option(words, fields, values):
+    """Take one option off the front of words and put its value into values. Raises UserError."""
+    word = words.pop(0)
+    name, equals, text = word[2:].partition("=")
+    name = name.replace("-", "_")
+    if name.startswith("no_") and is_flag(fields.get(name[3:])):
+        if equals:
+            raise UserError(f"{word.split('=')[0]} takes no value: write {word.split('=')[0]} or --{name[3:]}")
+        values[name[3:]] = False
+    elif name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        raise UserError(f"there is no option --{name}: " + (f"did you mean --{near[0]}?" if near else "see --help"))
+    elif is_flag(fields[name]) and not equals:
+        values[name] = True
+    else:
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"--{name} needs a value: write --{name}=VALUE")
+            text = words.pop(0)
+        values[name] = convert(fields[name], text)
+
+
+def is_flag(field):
+    return field is not None and field.type in (bool, "bool")
+
+
+def convert(field, text):
+    """text as a value of the field's type. Raises UserError."""
     kind = field.type if isinstance(field.type, str) else field.type.__name__
-    if isinstance(value, bool) or kind == "str":
-        return value, None
     try:
-        if kind == "bool":
-            return {"true": True, "false": False}[value.lower()], None
-        return {"int": int, "float": float}[kind](value), None
+        return {"str": str, "int": int, "float": finite, "bool": {"true": True, "false": False}.__getitem__}[kind](text)
     except (KeyError, ValueError):
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
-        return None, f"--{field.name} is {value!r}: give {wanted}"
+        raise UserError(f"--{field.name} is {text!r}: give {wanted}")
+
+
+def finite(text):
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
 def check(config):
@@ -116,13 +125,13 @@ def help_text(config):
     """Every field with its default and its one line of meaning."""
     lines = []
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+        value, meaning = getattr(config, f.name), f.metadata.get("help", "")
         if "count" in f.metadata:
             continue
-        flag = f"--{f.name}" if isinstance(value, bool) else f"--{f.name}={value}"
-        if value is True:
-            flag = f"--no-{f.name}"
-        lines.append(f"  {flag:<36} {f.metadata.get('help', '')}")
+        if is_flag(f):
+            lines.append(f"  {f'--{f.name}, --no-{f.name}':<36} {meaning} [{'yes' if value else 'no'}]")
+        else:
+            lines.append(f"  {f'--{f.name}={value}':<36} {meaning}")
     return "\n".join(lines)
 
 

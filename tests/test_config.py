@@ -58,7 +58,8 @@ def test_zero_reaches_its_field():
         (["--steps=-3"], "--steps is -3: give at least 1"),
         (["--rate=0"], "--rate is 0.0: give more than 0"),
         (["--rate=1"], "--rate is 1.0: give less than 1"),
-        (["--rate=nan"], "--rate is nan: give more than 0"),
+        (["--rate=nan"], "--rate is 'nan': give a number"),
+        (["--rate=inf"], "--rate is 'inf': give a number"),
         (["--kind=c"], "--kind is 'c': choose one of a, b"),
         (["--no-draw=1"], "--no-draw takes no value: write --no-draw or --draw"),
         (["--steps=500"], "steps times rate is over 100: lower one"),
@@ -81,5 +82,5 @@ def test_all_problems_are_reported_together():
 
 def test_help_names_every_option_with_its_default_and_meaning():
     text = help_text(Example())
-    for words in (["--steps=10", "how long"], ["--quiet", "say nothing"], ["--no-draw", "make a picture"]):
+    for words in (["--steps=10", "how long"], ["--quiet", "say nothing [no]"], ["--no-draw", "make a picture [yes]"]):
         assert any(all(word in line for word in words) for line in text.splitlines())
