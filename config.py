@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import math
 import sys
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -34,7 +35,7 @@ def arguments(help, at_least, at_most):
 
 def parse(config, argv, problems=()):
     """A copy of config (a dataclass instance, the defaults) with argv's --name=value, --name value, --flag and --no-flag
-    put in. If the dataclass has a method `problems() -> list of sentences`, combinations of fields are checked too.
+    put in. If the dataclass has a method `problems() -> list of sentences`, that is asked, too: for combinations of fields.
     problems: what the caller found wrong on the same command line already. Raises UserError with everything that is wrong.
     """
     fields = {f.name: f for f in dataclasses.fields(config) if "count" not in f.metadata}
@@ -102,7 +103,7 @@ def finite(text):
 
 
 def check(config):
-    """Sentences for every field outside its limits, then for impossible combinations."""
+    """Sentences for every field outside its limits, then the dataclass's own `problems()`; [] if there are none."""
     problems = []
     for f in dataclasses.fields(config):
         value, m = getattr(config, f.name), f.metadata
@@ -116,9 +117,7 @@ def check(config):
             problems.append(f"--{f.name} is {value}: give more than {m['above']}")
         if m.get("below") is not None and not value < m["below"]:
             problems.append(f"--{f.name} is {value}: give less than {m['below']}")
-    if not problems and hasattr(config, "problems"):
-        problems += config.problems()
-    return problems
+    return problems + (config.problems() if hasattr(config, "problems") else [])
 
 
 def help_text(config):
@@ -135,11 +134,24 @@ def help_text(config):
     return "\n".join(lines)
 
 
+@contextmanager
+def collected(problems):
+    """Inside, a UserError ends the block and its sentences go to the list `problems` instead."""
+    try:
+        yield
+    except UserError as error:
+        problems += str(error).splitlines()
+
+
 def run(main):
-    """Run a program's main(argv). A UserError ends it with its sentences on stderr and exit code 2, without a traceback."""
+    """Run a program's main(argv). A UserError ends it with its sentences on stderr and exit code 2, Ctrl-C with one line and
+    exit code 130, both without a traceback."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"stopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
+        sys.exit(130)

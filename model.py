@@ -35,29 +35,25 @@ class GPTConfig:
     gate_bias: float = 5.0  # where every head's gate bias starts: large enough that all edges are open
 
     def __post_init__(self):
-        problems = config_problems(self)
+        problems = head_problems(self.n_embd, self.n_head)
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} is {getattr(self, name)}: give at least 1")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout is {self.dropout}: give a fraction from 0 up to, not including, 1")
+        if self.gate != "none" and self.gate not in GATES:
+            problems.append(f"gate is {self.gate!r}: choose one of none, {', '.join(GATES)}")
         if problems:
-            raise UserError("; ".join(problems))
+            raise UserError("\n".join(problems))
 
 
-def config_problems(config):
-    """Sentences that say why no GPT can be built from this config (any object with GPTConfig's fields); [] if one can."""
-    problems = []
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if getattr(config, name, 1) < 1:
-            problems.append(f"{name} is {getattr(config, name)}: give at least 1")
-    if not problems and config.n_embd % config.n_head:
-        divisors = [h for h in range(1, config.n_embd + 1) if config.n_embd % h == 0]
-        nearest = min(divisors, key=lambda h: abs(h - config.n_head))
-        problems.append(
-            f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: "
-            f"give for instance n_head {nearest}, or n_embd {config.n_head * max(1, config.n_embd // config.n_head)}"
-        )
-    if not 0 <= config.dropout < 1:
-        problems.append(f"dropout is {config.dropout}: give a fraction from 0 up to, not including, 1")
-    if config.gate != "none" and config.gate not in GATES:
-        problems.append(f"gate is {config.gate!r}: choose one of none, {', '.join(GATES)}")
-    return problems
+def head_problems(n_embd, n_head):
+    """A sentence if a width cannot be split into so many heads."""
+    if n_embd < 1 or n_head < 1 or n_embd % n_head == 0:
+        return []
+    nearest = min((h for h in range(1, n_embd + 1) if n_embd % h == 0), key=lambda h: abs(h - n_head))
+    multiple = n_head * max(1, n_embd // n_head)
+    return [f"n_embd {n_embd} is not divisible by n_head {n_head}: give for instance n_head {nearest}, or n_embd {multiple}"]
 
 
 class Attention(nn.Module):
@@ -179,6 +175,13 @@ class GPT(nn.Module):
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
 
+    def embed(self, idx, start=0):
+        """Token plus position embeddings of idx (B, T), which begins at position `start`: (B, T, C)."""
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise UserError(f"{end} tokens do not fit the model's block_size {self.config.block_size}: shorten them")
+        return self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
+
     def forward(self, idx, targets=None, return_stats=False, cache=None):
         """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted.
 
@@ -186,17 +189,13 @@ class GPT(nn.Module):
         position and None. With return_stats also AttentionStats stacked to (L, H). train() samples gates, eval() takes the
         deterministic ones. Raises UserError for more positions than block_size.
         """
-        start = 0 if cache is None else cache.length
-        T = idx.size(1)
-        if start + T > self.config.block_size:
-            raise UserError(f"{start + T} tokens do not fit the model's block_size {self.config.block_size}: shorten them")
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(start, start + T, device=idx.device)))  # (B, T, C)
+        x = self.drop(self.embed(idx, 0 if cache is None else cache.length))  # (B, T, C)
         layer_stats = []
         for block in self.h:
             x, stats = block(x, cache)
             layer_stats.append(stats)
         if cache is not None:
-            cache.length += T
+            cache.length += idx.size(1)
         x = self.ln_f(x if targets is not None else x[:, -1:])
         logits = F.linear(x, self.wte.weight)
         loss = None
@@ -211,7 +210,7 @@ class GPT(nn.Module):
         """AttentionRecord of tokens idx (B, T): patterns and deterministic gates of every layer and head."""
         was_training = self.training
         self.eval()
-        x = self.wte(idx) + self.wpe(torch.arange(idx.size(1), device=idx.device))
+        x = self.embed(idx)
         patterns, gates = [], []
         for block in self.h:
             q, k, _ = block.attn.qkv(block.ln_1(x))
@@ -270,11 +269,18 @@ def pick_token(logits, temperature, top_k):
     """logits: (B, V) -> (B, 1) tokens."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # no overflow, however small it is
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+
+CHECKPOINT_KEYS = {
+    "nanosparse model": {"model_config", "model", "tokenizer", "trained_on"},
+    "nanosparse run": {"run", "phase", "settings", "step", "model", "optimizer", "bound"},
+}
 
 
 def checkpoint_of(model, tokenizer, trained_on):
@@ -312,8 +318,8 @@ def load_checkpoint(path, format="nanosparse model"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        raise UserError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__}): restore it or train again")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format:
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__}): restore it, or delete it")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format or not CHECKPOINT_KEYS[format] <= checkpoint.keys():
         raise UserError(f"{path} is no {format}: give a file that train.py wrote, such as dense.pt or sparse.pt")
     return checkpoint
 

@@ -27,6 +27,8 @@ def save(figure, path):
     """Write the figure to path, in the format of its ending, and close it. Raises UserError if that cannot be."""
     path = Path(path)
     try:
+        if not path.suffix:
+            raise ValueError("it has no ending")
         figure.savefig(path, dpi=160)
     except (OSError, ValueError) as error:  # no such folder, no permission; an ending that matplotlib does not know
         raise UserError(f"cannot write the picture {path} ({error}): choose another path, ending in .png, .svg or .pdf")

@@ -8,13 +8,15 @@ Three counts of edges, never mixed: *expected*, the sum of the gates' open proba
 
 import torch
 
+from gates import AttentionStats
+
 
 @torch.no_grad()
-def evaluate(model, data, batch_size=256, n_batches=None):
+def evaluate(model, data, batch_size, n_batches=None):
     """The model on the validation split (its first n_batches, if given) with deterministic gates, as a dict:
 
-    loss (nats per predicted token), edges_hard and edges_expected (fractions of causal pairs), rows_empty and mass_removed
-    (fractions), edges_per_head (L x H hard fractions), and on toy tasks accuracy: the fraction of examples whose whole
+    loss (nats per predicted token), edges_hard and edges_expected (fractions of causal pairs), rows_empty (fraction of
+    queries), mass_removed (fraction of the attention weight that closed edges held), edges_per_head (L x H hard fractions), and on toy tasks accuracy: the fraction of examples whose whole
     answer the model gets right greedily (each digit likeliest given the right ones before it, which is the same)."""
     was_training = model.training
     model.eval()
@@ -25,10 +27,10 @@ def evaluate(model, data, batch_size=256, n_batches=None):
         wanted = (y >= 0).sum().item()
         n_tokens, n_rows = n_tokens + wanted, n_rows + len(x)
         loss_sum += loss.item() * wanted
-        stats_sum = stats_sum + torch.stack(stats).double() * len(x)  # (figures, L, H)
+        stats_sum = stats_sum + torch.stack(stats).cpu().double() * len(x)  # (figures, L, H)
         n_right += ((logits.argmax(-1) == y) | (y < 0)).all(dim=1).sum().item()
     model.train(was_training)
-    mean = type(stats)(*(stats_sum / n_rows))
+    mean = AttentionStats(*(stats_sum / n_rows))
     result = {
         "loss": loss_sum / n_tokens,
         "edges_hard": mean.hard_edges.mean().item(),
@@ -74,6 +76,7 @@ def table(results, bound=None, extra=()):
     rows.append(("hard edges", {name: f"{r['edges_hard']:.2%}" for name, r in results.items()}))
     rows.append(("expected edges", {name: f"{r['edges_expected']:.2%}" for name, r in results.items()}))
     rows.append(("empty rows", {name: f"{r['rows_empty']:.1%}" for name, r in results.items()}))
+    rows.append(("mass removed", {name: f"{r['mass_removed']:.1%}" for name, r in results.items()}))
     lines = ["", f"{'':16}" + "".join(f"{name:>12}" for name in results)]
     for label, cells in [*rows, *extra]:
         lines.append(f"{label:16}" + "".join(f"{cells.get(name, ''):>12}" for name in results))

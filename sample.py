@@ -29,7 +29,7 @@ class SampleConfig:
     max_new_tokens: int = option(0, "tokens to generate; 0: the answer on a toy task, else 200", at_least=0)
     temperature: float = option(1.0, "1: the model's own distribution; 0: the likeliest token (always so on toy tasks)", at_least=0)
     top_k: int = option(0, "sample among so many likeliest tokens only; 0: all", at_least=0)
-    seed: int = option(1337, "of the sampling", at_least=0)
+    seed: int = option(1337, "of the sampling", at_least=0, below=2**62)
     compare: str = option("", "another checkpoint, generated from and drawn above this one")
     plot: str = option("", "write the attention of every head on the prompt to this .png, .svg or .pdf")
     arcs: str = option("", "write the open edges as arcs over the prompt to this file")
@@ -51,7 +51,7 @@ def score(config, checkpoint, model, path):
     """--eval_only: the figures of the model on the whole validation split of config.dataset."""
     data = Dataset(config.dataset, model.config.block_size, config.data_dir, config.device)
     data.check_tokenizer(checkpoint["tokenizer"], path)
-    print(table({"dense" if model.config.gate == "none" else "sparse": evaluate(model, data)}))
+    print(table({"dense" if model.config.gate == "none" else "sparse": evaluate(model, data, batch_size=32)}))
 
 
 def generate(config, checkpoint, model):
@@ -60,6 +60,8 @@ def generate(config, checkpoint, model):
     meta, block_size = checkpoint["tokenizer"], model.config.block_size
     tokenizer = tokenizer_of(meta)
     is_task = "answer_start" in meta
+    if is_task and not config.prompt:
+        raise UserError(f"--prompt is missing: this task's prompts have {meta['answer_start']} characters")
     prompt = tokenizer.encode(config.prompt or "\n")
     if len(prompt) > block_size:
         raise UserError(f"the prompt has {len(prompt)} tokens, and the model sees {block_size} at once: shorten it")
@@ -74,6 +76,19 @@ def generate(config, checkpoint, model):
         text = model.generate(idx, n_new, 0.0 if is_task else config.temperature, config.top_k or None)
         print(tokenizer.decode(text[0].tolist()))
     return text[:, :block_size] if is_task else idx
+
+
+def check_comparable(models):
+    """Raise UserError if --compare names a model whose tokens or heads do not match."""
+    (path, checkpoint, model), *others = models
+    for other_path, other_checkpoint, other in others:
+        for what in ("tokenizer", "vocab_size", "characters"):
+            if checkpoint["tokenizer"].get(what) != other_checkpoint["tokenizer"].get(what):
+                raise UserError(f"{path} and {other_path} were trained on different tokens: compare models of one dataset")
+        for what in ("n_layer", "n_head", "block_size"):
+            a, b = getattr(model.config, what), getattr(other.config, what)
+            if a != b:
+                raise UserError(f"{path} has {what} {a}, {other_path} has {b}: compare models of one shape")
 
 
 def draw(config, models, idx):
@@ -97,6 +112,7 @@ def main(argv):
     for path in filter(None, (config.compare, *config.checkpoint)):
         checkpoint = load_checkpoint(path)
         models.append((path, checkpoint, GPT.from_checkpoint(checkpoint, path).to(config.device)))
+    check_comparable(models)
     for path, checkpoint, model in models:
         if len(models) > 1:
             print(f"{path}:")

@@ -17,18 +17,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import config as command_line
 import plots
-from config import UserError, option
+from config import UserError, collected, option
 from constrained import LossBound
 from data.dataset import Dataset
 from data.tokenizer import tokenizer_of
@@ -37,9 +38,9 @@ from model import (
     GPT,
     GPTConfig,
     checkpoint_of,
-    config_problems,
     device_problems,
     find_device,
+    head_problems,
     load_checkpoint,
     save_checkpoint,
 )
@@ -51,7 +52,7 @@ class TrainConfig:
     # data and files
     dataset: str = option("shakespeare_char", "a folder under data_dir")
     data_dir: str = option("data", "where the datasets are")
-    out_dir: str = option("", "where to write; empty: out/<recipe>")
+    out_dir: str = option("", "where to write; empty: out/<dataset>")
     init_from: str = option("scratch", "scratch: pretrain first; or the path of a dense checkpoint to post-train")
     resume: bool = option(False, "continue the interrupted run in out_dir")
     # the model
@@ -65,7 +66,9 @@ class TrainConfig:
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_bias: float = option(5.0, "where the gates' biases start; 5 is wide open")
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
-    multiplier_rate: float = option(0.01, "how far log(multiplier) moves per step at most", above=0)
+    multiplier_start: float = option(8.0, "price of a nat of loss, in edge costs, to begin with", above=0)
+    multiplier_max: float = option(8.0, "the highest price", above=0)
+    multiplier_rate: float = option(0.02, "how far log(multiplier) moves per step at most", above=0)
     multiplier_scale: float = option(0.05, "violation of the bound that moves it that far, nats", above=0)
     # optimisation; the schedule runs anew in every phase
     pretrain_steps: int = option(3000, "steps of the dense phase", at_least=1)
@@ -83,18 +86,23 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     # what to print and when
     eval_interval: int = option(500, "steps between evaluations; the run is saved as often", at_least=1)
-    eval_iters: int = option(20, "validation batches of these; the last evaluation takes the whole split", at_least=1)
+    eval_iters: int = option(20, "batches per evaluation while training; the closing one takes the whole split", at_least=1)
     log_interval: int = option(50, "steps between two lines of the log", at_least=1)
     plot_text: str = option("", "what attention.png shows; empty: the beginning of the validation split")
     # the machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("float32", "of the matrix products; bfloat16 is for GPUs", choices=("float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the model; worth it on GPUs")
-    seed: int = option(1337, "of everything random", at_least=0)
+    seed: int = option(1337, "of everything random", at_least=0, below=2**62)
 
     def problems(self):
-        """What is wrong between fields; config.parse calls this when every field by itself is right."""
-        return config_problems(self) + device_problems(self.device)
+        """What is wrong between fields, or with this machine."""
+        problems = head_problems(self.n_embd, self.n_head) + device_problems(self.device)
+        if self.multiplier_start > self.multiplier_max:
+            problems.append(f"--multiplier_start {self.multiplier_start} is above --multiplier_max {self.multiplier_max}: lower it")
+        if self.min_lr > self.learning_rate > 0:
+            problems.append(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: lower it, too")
+        return problems
 
 
 # fmt: off
@@ -111,7 +119,8 @@ RECIPES = {
 
 # Fields that do not change what a phase computes, and fields that the dense phase does not look at.
 NO_RESULT = set("data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split())
-NOT_DENSE = set("gate gate_bias gate_learning_rate loss_tolerance multiplier_rate multiplier_scale sparsify_steps".split())
+NOT_DENSE = set("gate gate_bias gate_learning_rate loss_tolerance sparsify_steps".split())
+NOT_DENSE |= {name for name in TrainConfig.__dataclass_fields__ if name.startswith("multiplier_")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +129,8 @@ NOT_DENSE = set("gate gate_bias gate_learning_rate loss_tolerance multiplier_rat
 
 def training_step(model, optimizer, batches, bound, grad_clip, autocast):
     """One step of the paper's post-training (with bound=None: of plain training). batches: the micro-steps' (x, y).
-    Returns the mean loss in nats and the last micro-step's AttentionStats."""
+    Returns the mean loss in nats and the last micro-step's AttentionStats. Raises FloatingPointError, before it changes
+    anything, if the loss or its gradient is not finite."""
     total = 0.0
     for x, y in batches:
         with autocast():
@@ -129,16 +139,18 @@ def training_step(model, optimizer, batches, bound, grad_clip, autocast):
         objective = loss if bound is None else bound.lagrangian(cost, loss)
         (objective / len(batches)).backward()
         total += loss.item() / len(batches)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    if not math.isfinite(total + norm):
+        raise FloatingPointError(f"the loss is {total}, the norm of its gradient {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if bound is not None and math.isfinite(total):
+    if bound is not None:
         bound.update(total)
     return total, stats
 
 
 def learning_rate_at(step, steps, config):
-    """Linear warm-up, then a cosine from learning_rate to min_lr at the last step."""
+    """Linear warm-up times a cosine that falls from learning_rate towards min_lr, which it reaches after the last step."""
     warmup = min(1.0, (step + 1) / (config.warmup_iters + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return warmup * (config.min_lr + cosine * (config.learning_rate - config.min_lr))
@@ -160,15 +172,19 @@ def make_optimizer(model, config, weight_decay):
 
 
 @torch.no_grad()
-def training_loss(model, data, config, accuracy=0.002):
+def training_loss(model, run, accuracy=0.002):
     """The loss of model, in training mode, on random training batches: as many as bring the standard error of the mean to
     `accuracy` nats (16 at least, one pass over the data at most)."""
-    generator = torch.Generator().manual_seed(config.seed)
-    model.train()
-    one_pass = math.ceil(len(data.tokens["train"]) / data.sequence_tokens / config.batch_size)
+    print(f"measuring the dense model's training loss to {accuracy} nats", flush=True)
+    batch_size = run.config.batch_size
+    generator = torch.Generator().manual_seed(run.config.seed)
+    torch.manual_seed(run.config.seed)  # of dropout
+    one_pass = math.ceil(len(run.data.tokens["train"]) / run.data.sequence_tokens / batch_size)
     losses = []
+    model.train()
     while len(losses) < max(16, one_pass):
-        losses.append(model(*data.batch("train", config.batch_size, generator))[1].item())
+        with run.autocast():
+            losses.append(model(*run.data.batch("train", batch_size, generator))[1].item())
         if len(losses) >= 16 and torch.tensor(losses).std().item() / math.sqrt(len(losses)) <= accuracy:
             break
     model.eval()
@@ -185,14 +201,14 @@ class Run:
 
     config: TrainConfig
     data: Dataset
-    device: str
     folder: Path
+    settings: dict  # what run_settings returned
     saved: dict  # the contents of last.pt when resuming, else {}
     stop: list  # a signal's number is put here when the user wants to stop
 
     def autocast(self):
         on = self.config.dtype == "bfloat16"
-        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=on)
+        return torch.autocast(torch.device(self.config.device).type, dtype=torch.bfloat16, enabled=on)
 
     @property
     def tokens_per_step(self):
@@ -203,36 +219,58 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run, and it was saved."""
+
+
+class Trained(NamedTuple):
+    """What a phase returns."""
+
+    model: GPT
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    training_bound: float = None  # of the sparse phase: nats, with sampled gates
+
+
 def train(config):
     """Run all phases that config asks for and that are not finished yet; write the files of out_dir, and return the
     contents of summary.json as a dict. Raises UserError for bad settings or files, and when the loss is not finite;
-    KeyboardInterrupt after an interrupted run was saved."""
+    Interrupted (a KeyboardInterrupt) when the user stopped it and it was saved."""
     config = replace(config, out_dir=config.out_dir or f"out/{config.dataset}", device=find_device(config.device))
     folder = Path(config.out_dir)
-    initial = None
-    if config.init_from != "scratch":
-        initial = load_checkpoint(config.init_from)
-        config = replace(config, **shape_of(initial, config.init_from))
-    problems = command_line.check(config)
+    problems, initial, data, saved = [], None, None, {}
+    with collected(problems):
+        if config.init_from != "scratch":
+            initial = load_checkpoint(config.init_from)
+            config = replace(config, **shape_of(initial, config.init_from))
+    problems += command_line.check(config)
+    with collected(problems):
+        data = Dataset(config.dataset, config.block_size, config.data_dir, config.device)
+        if initial is not None:
+            data.check_tokenizer(initial["tokenizer"], config.init_from)
+        picture = tokens_to_draw(config, data)
+    with collected(problems):
+        if config.resume:
+            saved = load_run(folder)
+            if not problems:
+                check_settings(saved["run"], run_settings(config, data, initial), folder / "last.pt")
     if problems:
         raise UserError("\n".join(problems))
-    torch.set_float32_matmul_precision("high")
-    data = Dataset(config.dataset, config.block_size, config.data_dir, config.device)
-    if initial is not None:
-        data.check_tokenizer(initial["tokenizer"], config.init_from)
-    saved = load_run(folder, settings_of(config, data, NO_RESULT)) if config.resume else {}
     make_folder(folder)
+    torch.set_float32_matmul_precision("high")
     with signals_noted() as stop:
-        run = Run(config, data, config.device, folder, saved, stop)
+        run = Run(config, data, folder, run_settings(config, data, initial), saved, stop)
         phases = {"dense": dense_phase(run, initial)}
-        phases["sparse"] = sparse_phase(run, phases["dense"])
+        phases["sparse"] = sparse_phase(run, phases["dense"].model)
         if config.control:
-            phases["control"] = control_phase(run, phases["dense"])
-    results = {name: evaluate(phase["model"], data) for name, phase in phases.items()}
+            phases["control"] = control_phase(run, phases["dense"].model)
+    print("measuring all models on the whole validation split", flush=True)
+    results = {name: evaluate(trained.model, data, config.batch_size) for name, trained in phases.items()}
     summary = summarise(run, phases, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    pictures = draw(run, phases["dense"]["model"], phases["sparse"]["model"])
     cost = [(key, {name: f"{n:,}" for name, n in summary[key].items()}) for key in ("steps", "seconds")]
+    pictures = draw(run, phases["dense"].model, phases["sparse"].model, picture)
     print(table(results, summary["bound"], cost))
     print("\npictures: " + "  ".join(map(str, pictures)))
     return summary
@@ -242,97 +280,105 @@ def dense_phase(run, initial):
     """The dense model: loaded from init_from, or pretrained."""
     config = run.config
     if initial is not None:
-        model = GPT.from_checkpoint(initial, config.init_from).to(run.device)
+        model = GPT.from_checkpoint(initial, config.init_from, dropout=config.dropout).to(config.device)
         save_checkpoint(checkpoint_of(model, run.data.meta, initial["trained_on"]), run.folder / "dense.pt")
-        return {"model": model, **initial["trained_on"], "reused": True}
-    identity = settings_of(config, run.data, NO_RESULT | NOT_DENSE)
+        print(f"dense: {config.init_from}, {model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}")
+        return trained(model, initial["trained_on"])
+    settings = settings_of(config, run.data, NO_RESULT | NOT_DENSE)
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(**{**shape, "vocab_size": run.data.meta["vocab_size"], "gate": "none"}))
-    return phase(run, "dense", identity, model, config.pretrain_steps, config.weight_decay)
+    return train_or_reuse(run, "dense", settings, model, config.pretrain_steps, config.weight_decay)
 
 
 def sparse_phase(run, dense):
     """The dense model with gates, post-trained under the bound."""
     config = run.config
-    identity = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense["model"])}
-    gated = GPTConfig(**{**dataclasses.asdict(dense["model"].config), "gate": config.gate, "gate_bias": config.gate_bias})
-    model = GPT(gated)
-    model.load_state_dict(dense["model"].state_dict(), strict=False)  # all but the gates' biases
-
-    def make_bound(resumed):
-        bound = LossBound(math.inf, scale=config.multiplier_scale, rate=config.multiplier_rate)
-        if not resumed:  # else last.pt knows it
-            with run.autocast():
-                loss = training_loss(dense["model"], run.data, config)
-            bound.bound = loss + config.loss_tolerance
-            print(f"the dense model's training loss is {loss:.4f}; the bound while training is {bound.bound:.4f}")
-        return bound
-
-    return phase(run, "sparse", identity, model, config.sparsify_steps, 0.0, make_bound)
+    settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense)}
+    model = GPT(replace(dense.config, gate=config.gate, gate_bias=config.gate_bias))
+    model.load_state_dict(dense.state_dict(), strict=False)  # all but the gates' biases
+    return train_or_reuse(run, "sparse", settings, model, config.sparsify_steps, 0.0, dense)
 
 
 def control_phase(run, dense):
     """The dense model, trained on as the sparse one is, but for the loss alone."""
-    left_out = NO_RESULT | NOT_DENSE - {"sparsify_steps"}
-    identity = {**settings_of(run.config, run.data, left_out), "dense": fingerprint(dense["model"])}
-    model = GPT(dense["model"].config)
-    model.load_state_dict(dense["model"].state_dict())
-    return phase(run, "control", identity, model, run.config.sparsify_steps, 0.0)
+    left_out = NO_RESULT | (NOT_DENSE - {"sparsify_steps"})
+    settings = {**settings_of(run.config, run.data, left_out), "dense": fingerprint(dense)}
+    model = GPT(dense.config)
+    model.load_state_dict(dense.state_dict())
+    return train_or_reuse(run, "control", settings, model, run.config.sparsify_steps, 0.0)
 
 
-def phase(run, name, identity, model, steps, weight_decay, make_bound=None):
-    """Train model and write <name>.pt, or load it where the same phase is finished. Returns its model, seconds, ..."""
+def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=None):
+    """Train model for so many steps and write <name>.pt, or load that file where it was trained with the same settings.
+    bounded_by: the dense model whose loss bounds the sparse phase. Returns Trained."""
     path = run.folder / f"{name}.pt"
     if path.is_file():
         checkpoint = load_checkpoint(path)
-        if checkpoint["trained_on"]["identity"] == identity:
-            print(f"{name}: {path} is finished and has the same settings: reused")
-            return {"model": GPT.from_checkpoint(checkpoint, path).to(run.device), **checkpoint["trained_on"], "reused": True}
-    seconds, bound = fit(run, name, identity, model.to(run.device), steps, weight_decay, make_bound)
+        if checkpoint["trained_on"].get("settings") == settings:
+            print(f"{name}: {path} has the same settings: reused (to train again, delete it or give another --out_dir)")
+            return trained(GPT.from_checkpoint(checkpoint, path).to(run.config.device), checkpoint["trained_on"])
+    seconds, bound = fit(run, name, settings, model.to(run.config.device), steps, weight_decay, bounded_by)
     trained_on = {
-        "identity": identity,
+        "settings": settings,
         "steps": steps,
         "seconds": seconds,
         "tokens_per_second": steps * run.tokens_per_step / seconds,
         "training_bound": bound.bound if bound else None,
     }
     save_checkpoint(checkpoint_of(model, run.data.meta, trained_on), path)
-    return {"model": model.eval(), **trained_on, "reused": False}
+    return trained(model.eval(), trained_on)
 
 
-def fit(run, name, identity, model, steps, weight_decay, make_bound):
+def trained(model, trained_on):
+    """Trained, from what a checkpoint says of its training (zeros where it says nothing)."""
+    return Trained(model, *(trained_on.get(key, 0) for key in ("steps", "seconds", "tokens_per_second", "training_bound")))
+
+
+def fit(run, name, settings, model, steps, weight_decay, bounded_by):
     """The training loop of one phase, from its first step or from where last.pt left it. Returns seconds and the bound."""
     config = run.config
     resumed = bool(run.saved) and run.saved["phase"] == name
-    bound = make_bound(resumed) if make_bound else None
+    (run.folder / "summary.json").unlink(missing_ok=True)  # of an older run
+    keep_log_lines(run.folder / "log.jsonl", name, run.saved["step"] if resumed else -1)
+    bound = None
+    if bounded_by is not None:
+        loss = run.saved["bound"]["bound"] - config.loss_tolerance if resumed else training_loss(bounded_by, run)
+        bound = LossBound(
+            loss + config.loss_tolerance,
+            scale=config.multiplier_scale,
+            rate=config.multiplier_rate,
+            start=config.multiplier_start,
+            largest=config.multiplier_max,
+        )
+        print(f"the dense model's training loss is {loss:.4f}; the bound while training is {bound.bound:.4f}")
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
     torch.manual_seed(config.seed + 2)  # of the gates' noise and dropout
     first, elapsed, recent = 0, 0.0, []  # recent: losses since the last line of the log
     if resumed:
-        first, elapsed, recent = restore(run, identity, model, optimizer, bound, generator)
+        first, elapsed, recent = restore(run, settings, model, optimizer, bound, generator)
         print(f"{name}: resumed after step {first} of {steps}")
-    keep_log_lines(run.folder / "log.jsonl", name, first)
     started = time.time() - elapsed
     forward = torch.compile(model) if config.compile else model
     model.train()
     for step in range(first, steps):
         if step % config.eval_interval == 0 and not (resumed and step == first):
             validate(run, name, step, model)
-            save(run, name, identity, model, optimizer, bound, generator, step, time.time() - started, recent)
+            save(run, name, settings, model, optimizer, bound, generator, step, time.time() - started, recent)
         if run.stop:
-            save(run, name, identity, model, optimizer, bound, generator, step, time.time() - started, recent)
-            raise KeyboardInterrupt(f"{name}: stopped after step {step} of {steps}")
+            save(run, name, settings, model, optimizer, bound, generator, step, time.time() - started, recent)
+            raise Interrupted(f"{name} after step {step} of {steps}, and saved: the same command with --resume goes on")
         lr = learning_rate_at(step, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         batches = [run.data.batch("train", config.batch_size, generator) for _ in range(config.gradient_accumulation_steps)]
-        loss, stats = training_step(forward, optimizer, batches, bound, config.grad_clip, run.autocast)
-        if not math.isfinite(loss):
+        try:
+            loss, stats = training_step(forward, optimizer, batches, bound, config.grad_clip, run.autocast)
+        except FloatingPointError as error:
             raise UserError(
-                f"{name}: the loss is {loss} in step {step + 1}: {run.folder / 'last.pt'} holds the last good one; try a "
-                "smaller --learning_rate"
+                f"{name}: {error} in step {step + 1}: {run.folder / 'last.pt'} holds the last good state; try a smaller "
+                "--learning_rate"
             )
         recent.append(loss)
         if (step + 1) % config.log_interval == 0 or step + 1 == steps:
@@ -349,13 +395,13 @@ def fit(run, name, identity, model, steps, weight_decay, make_bound):
     return time.time() - started, bound
 
 
-def save(run, name, identity, model, optimizer, bound, generator, step, seconds, recent):
+def save(run, name, settings, model, optimizer, bound, generator, step, seconds, recent):
     """Write last.pt: everything that going on after this many steps needs."""
     state = {
         "format": "nanosparse run",
-        "settings": settings_of(run.config, run.data, NO_RESULT),
+        "run": run.settings,
         "phase": name,
-        "identity": identity,
+        "settings": settings,
         "step": step,
         "seconds": seconds,
         "recent": recent,
@@ -364,30 +410,29 @@ def save(run, name, identity, model, optimizer, bound, generator, step, seconds,
         "bound": bound.state_dict() if bound else None,
         "batches": generator.get_state(),
         "noise": torch.get_rng_state(),
-        "noise_cuda": torch.cuda.get_rng_state_all() if run.device.startswith("cuda") else [],
+        "noise_cuda": torch.cuda.get_rng_state_all() if run.config.device.startswith("cuda") else [],
     }
     save_checkpoint(state, run.folder / "last.pt")
 
 
-def restore(run, identity, model, optimizer, bound, generator):
+def restore(run, settings, model, optimizer, bound, generator):
     """Put what `save` wrote back in place. Returns the steps done, the seconds spent, and the losses not logged yet."""
     state = run.saved
-    if state["identity"] != identity:
-        raise UserError(f"{run.folder / 'last.pt'} continues another dense model: start over without --resume")
+    check_settings(state["settings"], settings, run.folder / "last.pt")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if bound is not None:
         bound.load_state_dict(state["bound"])
     generator.set_state(state["batches"])
     torch.set_rng_state(state["noise"])
-    if state["noise_cuda"] and run.device.startswith("cuda"):
+    if state["noise_cuda"] and run.config.device.startswith("cuda"):
         torch.cuda.set_rng_state_all(state["noise_cuda"])
     return state["step"], state["seconds"], state["recent"]
 
 
 def validate(run, name, step, model):
     """Evaluate on eval_iters validation batches; log and print the result."""
-    result = evaluate(model, run.data, n_batches=run.config.eval_iters)
+    result = evaluate(model, run.data, run.config.batch_size, run.config.eval_iters)
     line = {"phase": name, "step": step, "val_loss": result["loss"], "val_edges_hard": result["edges_hard"]}
     if "accuracy" in result:
         line["val_accuracy"] = result["accuracy"]
@@ -413,17 +458,24 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def load_run(folder, settings):
-    """last.pt as a dict, if it was written under the same settings. Raises UserError if not, or if there is none."""
-    path = folder / "last.pt"
-    if not path.is_file():
-        raise UserError(f"there is nothing to resume: {path} does not exist; start without --resume")
-    saved = load_checkpoint(path, format="nanosparse run")
-    old = saved["settings"]
-    changed = [f"{k} was {old.get(k)}, now {v}" for k, v in settings.items() if old.get(k) != v]
+def run_settings(config, data, initial):
+    """The settings of all phases together, and where they begin; what a resumed run must share with the interrupted one."""
+    start = "scratch" if initial is None else fingerprint(GPT.from_checkpoint(initial))[:12]
+    return {**settings_of(config, data, NO_RESULT), "init_from": start}
+
+
+def load_run(folder):
+    """last.pt as a dict. Raises UserError if there is none."""
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"there is nothing to resume: {folder / 'last.pt'} does not exist; start without --resume")
+    return load_checkpoint(folder / "last.pt", format="nanosparse run")
+
+
+def check_settings(old, new, path):
+    """Raise UserError that names every setting which differs."""
+    changed = [f"{key} was {old.get(key)}, now {value}" for key, value in new.items() if old.get(key) != value]
     if changed:
         raise UserError(f"cannot resume {path}: {'; '.join(changed)}: give the same values, or start without --resume")
-    return saved
 
 
 def shape_of(checkpoint, path):
@@ -443,10 +495,23 @@ def make_folder(folder):
 
 
 def keep_log_lines(path, phase, step):
-    """Drop what log.jsonl says of this phase after this step: it will be written again."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    kept = [line for line in lines if line["phase"] != phase or line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    """Drop what log.jsonl says of this phase after this step, because it will be written again; with a new dense phase, drop
+    all."""
+    kept = [line for line in read_log(path) if phase != "dense" and line["phase"] != phase or line["phase"] == phase and line["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_log(path):
+    """The lines of log.jsonl as dicts, but for one that was cut short when the machine died."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
 @contextmanager
@@ -476,22 +541,22 @@ def signals_noted():
 
 
 def summarise(run, phases, results):
-    """The contents of summary.json. phases: {name: what the phase returned}; results: {name: what evaluate found}."""
+    """The contents of summary.json. phases: {name: Trained}; results: {name: what evaluate found}."""
     sparse = results["sparse"]
     summary = {
         "dense_loss": results["dense"]["loss"],
         "bound": results["dense"]["loss"] + run.config.loss_tolerance,
         "sparse_loss": sparse["loss"],
         **{key: sparse[key] for key in ("edges_hard", "edges_expected", "rows_empty", "edges_per_head")},
-        "training_bound": phases["sparse"]["training_bound"],
+        "training_bound": phases["sparse"].training_bound,
     }
     if run.data.is_task:
         summary |= {f"{name}_accuracy": result["accuracy"] for name, result in results.items()}
     if "control" in results:
         summary["control_loss"] = results["control"]["loss"]
     for key in ("steps", "seconds", "tokens_per_second"):
-        summary[key] = {name: round(phase[key]) for name, phase in phases.items()}
-    return {**summary, "device": device_name(run.device), "config": dataclasses.asdict(run.config)}
+        summary[key] = {name: round(getattr(trained, key)) for name, trained in phases.items()}
+    return {**summary, "device": device_name(run.config.device), "config": dataclasses.asdict(run.config)}
 
 
 def device_name(device):
@@ -499,20 +564,27 @@ def device_name(device):
     return f"{name}, torch {torch.__version__}"
 
 
-def draw(run, dense, sparse):
-    """attention.png, arcs.png and training.png in the run's folder. Returns their paths."""
+def tokens_to_draw(config, data, longest=32):
+    """plot_text as tokens (1, T), or the beginning of the validation split. Raises UserError if there is no tokenizer."""
+    tokenizer = tokenizer_of(data.meta)
+    x, _ = next(data.sequential("val", 1))
+    if config.plot_text:
+        try:
+            x = torch.from_numpy(tokenizer.encode(config.plot_text).astype("int64"))[None, : config.block_size].to(config.device)
+        except UserError as error:
+            print(f"note: --plot_text {config.plot_text!r} is not drawn ({error})")
+    return x[:, :longest]
+
+
+def draw(run, dense, sparse, x):
+    """attention.png, arcs.png and training.png in the run's folder, of tokens x (1, T). Returns their paths."""
     tokenizer = tokenizer_of(run.data.meta)
-    x, _ = next(run.data.sequential("val", 1))
-    if run.config.plot_text:
-        x = torch.from_numpy(tokenizer.encode(run.config.plot_text).astype("int64"))[None, : run.config.block_size].to(run.device)
-    x = x[:, :32]
     labels = [tokenizer.decode([t]) for t in x[0].tolist()]
     records = {"dense": dense.attention(x).first_sequence(), "sparse": sparse.attention(x).first_sequence()}
-    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
         plots.save(plots.attention_figure(labels, records), run.folder / "attention.png"),
         plots.save(plots.arcs_figure(labels, *records["sparse"]), run.folder / "arcs.png"),
-        plots.save(plots.training_figure(lines), run.folder / "training.png"),
+        plots.save(plots.training_figure(read_log(run.folder / "log.jsonl")), run.folder / "training.png"),
     ]
 
 
@@ -527,12 +599,7 @@ def main(argv):
     if "--help" in argv or "-h" in argv:
         print(f"{__doc__}\nfields, with the values of recipe {name}:\n{command_line.help_text(recipe)}")
         return
-    config = command_line.parse(recipe, argv, problems)
-    try:
-        train(config)
-    except KeyboardInterrupt as stopped:
-        print(f"{stopped}: saved; the same command with --resume goes on", flush=True)
-        sys.exit(130)
+    train(command_line.parse(recipe, argv, problems))
 
 
 if __name__ == "__main__":

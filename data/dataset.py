@@ -55,10 +55,12 @@ class Dataset:
             )
 
     def _open(self, path):
-        size = path.stat().st_size if path.is_file() else 0
+        size = path.stat().st_size
         length = self.example_length if self.is_task else self.block_size + 1
-        if size % 2 or size < 2 * length:
-            raise UserError(f"{path} holds {size} bytes, less than one sequence of {length} uint16 tokens: make it again")
+        if size % 2:
+            raise UserError(f"{path} holds {size} bytes, half a uint16 token too many: make it again")
+        if size < 2 * length:
+            raise UserError(f"{path} holds {size // 2} tokens, and one sequence takes {length}: give more text or a smaller block_size")
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
         if self.is_task and len(tokens) % length:
             raise UserError(f"{path} holds {len(tokens)} tokens, no multiple of example_length {length}: make it again")
@@ -111,6 +113,8 @@ def read_meta(folder):
             raise ValueError("a value of the wrong kind")
         if ("example_length" in meta) != ("answer_start" in meta) or not meta.get("answer_start", 0) < meta.get("example_length", 1):
             raise ValueError("example_length and answer_start do not fit")
+        if meta["tokenizer"] == "char" and len(meta["characters"]) != meta["vocab_size"]:
+            raise ValueError("characters and vocab_size do not fit")
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): make the dataset again")
     return meta

@@ -54,7 +54,7 @@ class Text:
     data_dir: str = option("data", "where the dataset's folder goes")
 
     def problems(self):
-        return name_problems(self.name)
+        return name_problems(self.name, self.data_dir)
 
 
 @dataclass
@@ -66,14 +66,16 @@ class Examples:
     data_dir: str = option("data", "where the dataset's folder goes")
 
     def problems(self):
-        return name_problems(self.name)
+        return name_problems(self.name, self.data_dir)
 
 
 COMMANDS = {"addition": Addition, "shakespeare": Shakespeare, "text": Text, "examples": Examples}
 
 
-def name_problems(name):
+def name_problems(name, data_dir):
     if name and name not in (".", "..") and not set(name) & set("/\\"):
+        if (Path(data_dir) / name).is_file():
+            return [f"--name is {name!r}, and {Path(data_dir) / name} is a file: give another name"]
         return []
     return [f"--name is {name!r}: give the dataset a name that can be a folder, such as --name=mytask"]
 
@@ -123,9 +125,14 @@ def files_of(path):
 
 def chunks(file, bar):
     """The text of a file in pieces of about CHUNK bytes, each cut before white space. No GPT-2 token reaches from before
-    a run of white space into it, so the tokens are the same as if the file were encoded whole."""
+    a run of white space into it, so the tokens are the same as if the file were encoded whole (but where a whole piece has
+    no white space at all: that is cut anywhere)."""
     decode, rest, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
-    with open(file, "rb") as stream:
+    try:
+        stream = open(file, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): check its permissions or leave it out")
+    with stream:
         while True:
             data = stream.read(CHUNK)
             try:
@@ -155,6 +162,7 @@ def download(url, path, sha256):
     """Fetch a file with a progress bar, check it, and put it in place only when it is whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as file:
             with progress(int(response.headers.get("Content-Length", 0)) or None, "downloading") as bar:
                 while data := response.read(CHUNK):
@@ -221,7 +229,7 @@ def read_examples(path):
 
 
 class DatasetWriter:
-    """Collects tokens in a temporary file beside the dataset; `finish` splits it and puts all three files in place at once.
+    """Collects tokens in a temporary file beside the dataset; `finish` splits it and puts the finished files in place.
     Until then, and after any error, an older dataset of the same name stays as it was."""
 
     def __init__(self, folder):
@@ -291,7 +299,6 @@ def main(argv):
         folder = data_dir / "shakespeare_char"
         source = Path(options.file) if options.file else data_dir / "tinyshakespeare.txt"
         if not options.file and not source.is_file():
-            data_dir.mkdir(parents=True, exist_ok=True)
             download(SHAKESPEARE_URL, source, SHAKESPEARE_SHA256)
         meta = prepare_text([source], folder, "char", 0.1)
     print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, vocabulary {meta['vocab_size']}")

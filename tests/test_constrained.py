@@ -45,18 +45,18 @@ def test_follows_the_running_average_not_the_last_batch():
 
 
 def test_stays_within_its_clamp():
-    bound = LossBound(1.0, rate=0.5, log_min=-1.0, log_max=1.0)
+    bound = LossBound(1.0, rate=0.5, smallest=0.5, largest=4.0)
     for _ in range(20):
         bound.update(50.0)
-    assert bound.log_multiplier == 1.0
+    assert bound.multiplier == pytest.approx(4.0)
     for _ in range(500):
         bound.update(0.0)
-    assert bound.log_multiplier == -1.0
+    assert bound.multiplier == pytest.approx(0.5)
 
 
 def test_lagrangian_has_unit_scale_and_gradients_of_both():
     cost, loss = torch.tensor(5.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    bound = LossBound(1.0, log_multiplier=math.log(3.0))
+    bound = LossBound(1.0, start=3.0)
     value = bound.lagrangian(cost, loss)
     value.backward()
     assert value.item() == pytest.approx((5 + 3 * (2 - 1)) / 4)

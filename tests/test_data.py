@@ -179,6 +179,7 @@ def test_prepare_reports_all_problems_together(program):
         "error: give one or more files or folders: 0 were given",
         "error: --tokenizer is 'words': choose one of gpt2, char, byte",
         "error: --val_fraction is 2.0: give less than 1",
+        "error: --name is '': give the dataset a name that can be a folder, such as --name=mytask",
     ]
     assert "there is no command 'adition': choose one of addition," in program(prepare.main, "adition")[2]
     assert "--name is '': give the dataset a name" in program(prepare.main, "text", "x")[2]
@@ -193,16 +194,33 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
 
 def test_damaged_datasets_are_named(tmp_path):
     folder = text_dataset(tmp_path, "some text of a few words " * 20)
-    with pytest.raises(UserError, match="val.bin holds 100 bytes, less than one sequence of 65 uint16 tokens"):
+    with pytest.raises(UserError, match="val.bin holds 50 tokens, and one sequence takes 65: give more text or a smaller block_size"):
         Dataset("mine", 64, folder.parent)
+    val = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(val + b"x")
+    with pytest.raises(UserError, match="val.bin holds 101 bytes, half a uint16 token too many"):
+        Dataset("mine", 8, folder.parent)
+    (folder / "val.bin").write_bytes(val)
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 3}))
+    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 3, "tokenizer": "byte"}))
     with pytest.raises(UserError, match=r"train.bin holds token \d+, but meta.json says vocab_size 3"):
         Dataset("mine", 8, folder.parent)
-    for text in ["{", "[]", '{"vocab_size": "many", "tokenizer": "char"}', '{"vocab_size": 9}', '{"vocab_size": 0, "tokenizer": "char"}']:
+    for text in ["{", "[]", '{"vocab_size": "many", "tokenizer": "char"}', '{"vocab_size": 9}', '{"vocab_size": 0, "tokenizer": "byte"}', '{"vocab_size": 9, "tokenizer": "char"}']:
         (folder / "meta.json").write_text(text)
         with pytest.raises(UserError, match="meta.json is damaged"):
             Dataset("mine", 8, folder.parent)
+
+
+def test_paths_that_cannot_be_written_or_read(tmp_path, program):
+    (tmp_path / "file").write_text("some text")
+    cases = [
+        (["addition", f"--data_dir={tmp_path / 'file'}"], "cannot write to"),
+        (["text", tmp_path / "file", "--name=file", f"--data_dir={tmp_path}"], "is a file: give another name"),
+    ]
+    for argv, sentence in cases:
+        code, _, err = program(prepare.main, *argv)
+        assert code == 2 and sentence in err and len(err.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "some text"
 
 
 def test_unknown_characters_are_named():

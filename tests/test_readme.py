@@ -63,6 +63,13 @@ def test_commands_and_code_run_as_written(project):
     raise AssertionError("the README lost its code")
 
 
+def test_pictures_and_files_that_it_links_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert len(links) > 8 and all((ROOT / link).exists() for link in links), links
+    assert "@@" not in text
+
+
 def test_a_wrong_command_line_ends_in_one_sentence_without_a_traceback(project):
     for command in ("train.py adition", "sample.py nothing.pt", "data/prepare.py text --name=x nothing.txt"):
         result = subprocess.run([sys.executable, *command.split()], cwd=project, capture_output=True, text=True)

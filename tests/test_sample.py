@@ -22,6 +22,8 @@ def models(tmp_path, data_dir):
     for name, gate in (("dense", "none"), ("sparse", "hard_concrete")):
         model = GPT(GPTConfig(**shape, gate=gate, gate_bias=-2.4))
         save_checkpoint(checkpoint_of(model, read_meta(data_dir / "sums"), {}), tmp_path / f"{name}.pt")
+    deep = GPT(GPTConfig(**{**shape, "n_layer": 3}))
+    save_checkpoint(checkpoint_of(deep, read_meta(data_dir / "sums"), {}), tmp_path / "deep.pt")
     model = GPT(GPTConfig(**{**shape, "vocab_size": len(CHARACTERS)}))
     save_checkpoint(checkpoint_of(model, CharTokenizer(CHARACTERS).meta(), {}), tmp_path / "text.pt")
     return tmp_path
@@ -64,6 +66,10 @@ BAD = [
     (["{}/sparse.pt", "--eval_only"], "--eval_only needs to know on what: add --dataset=NAME"),
     (["{}/sparse.pt", "--eval_only", "--dataset=none"], "run `python data/prepare.py text PATH --name=none`"),
     (["{}/sparse.pt", "--temperature=-1"], "--temperature is -1.0: give at least 0"),
+    (["{}/sparse.pt"], "--prompt is missing: this task's prompts have 4 characters"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a"], "it has no ending"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/text.pt"], "were trained on different tokens"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/deep.pt"], "deep.pt has n_layer 3"),
     ([], "give one checkpoint, such as out/addition/sparse.pt: 0 were given"),
 ]
 

@@ -1,0 +1,64 @@
+"""Pictures show the numbers that they are given."""
+
+import numpy as np
+import pytest
+from matplotlib.patches import Arc
+
+import plots
+from report import table
+
+LABELS = list("ab c")
+
+
+@pytest.fixture
+def record():
+    """Weights and edges (L=2, H=2, T=4): in layer 0, head 1 reads (2, 0) and (3, 3); layer 1 is closed."""
+    weight, edges = np.zeros((2, 2, 4, 4)), np.zeros((2, 2, 4, 4), dtype=bool)
+    for query, key, w in [(2, 0, 0.7), (3, 3, 0.2)]:
+        weight[0, 1, query, key], edges[0, 1, query, key] = w, True
+    return weight, edges
+
+
+def test_attention_colours_open_edges_only(record):
+    dense = np.tril(np.full((2, 2, 4, 4), 0.25)), np.tril(np.ones((2, 2, 4, 4), dtype=bool))
+    figure = plots.attention_figure(LABELS, {"dense": dense, "sparse": record})
+    above, below = figure.subfigs
+    assert above.get_suptitle() == "dense: 100.0% of the edges are open"
+    assert below.get_suptitle() == "sparse: 5.0% of the edges are open"
+    panel = {axis.get_title(): axis for axis in below.axes}["layer 0 head 1"]
+    grey, colour = (image.get_array() for image in panel.images)
+    assert [tuple(cell) for cell in np.argwhere(~np.ma.getmaskarray(np.ma.masked_invalid(colour)))] == [(2, 0), (3, 3)]
+    assert colour[2, 0] == 0.7 and panel.images[1].get_clim() == (0, 1)
+    assert (np.isfinite(grey) == np.tril(np.ones((4, 4)))).all()
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["a", "b", "␣", "c"]
+
+
+def test_arcs_are_the_open_edges(record):
+    figure = plots.arcs_figure(LABELS, *record)
+    layer_1, layer_0 = figure.axes  # the last layer is on top
+    arcs = [patch for patch in layer_0.patches if isinstance(patch, Arc)]
+    assert len(arcs) == 2 and not layer_1.patches
+    assert sorted(round(arc.width, 2) for arc in arcs) == [0.16, 2.0], "a ring for (3, 3), two tokens wide for (2, 0)"
+    assert layer_0.get_ylabel() == "layer 0\n2 edges"
+
+
+def test_training_curves_are_the_logs():
+    lines = [{"phase": "dense", "step": 5, "loss": 9.0}]
+    for step in (10, 20):
+        lines.append({"phase": "sparse", "step": step, "loss": 1 / step, "bound": 0.07, "multiplier": step,
+                      "expected_edges": 0.2, "hard_edges": 0.1})  # fmt: skip
+    lines.append({"phase": "sparse", "step": 20, "val_loss": 0.06, "val_edges_hard": 0.1})
+    top, middle, bottom = plots.training_figure(lines).axes
+    assert [line.get_ydata().tolist() for line in top.lines] == [[0.1, 0.05], [0.07, 0.07], [0.06]]
+    assert middle.lines[0].get_xdata().tolist() == [10, 20] and bottom.lines[1].get_ydata().tolist() == [0.1, 0.1]
+
+
+def test_the_table_has_a_column_per_model_and_a_row_per_layer():
+    result = dict(loss=0.5, accuracy=1.0, edges_hard=0.02, edges_expected=0.03, rows_empty=0.9, mass_removed=0.8)
+    result["edges_per_head"] = [[0.01, 0.02], [0.03, 0.04]]
+    dense = {**result, "loss": 0.4, "edges_hard": 1.0}
+    lines = table({"dense": dense, "sparse": result}, bound=0.6, extra=[("seconds", {"sparse": "7"})]).splitlines()
+    rows = {line[:16].strip(): line[16:].split() for line in lines if line}
+    assert rows["loss, nats"] == ["0.4000", "0.5000"] and rows["hard edges"] == ["100.00%", "2.00%"]
+    assert rows["bound"] == ["0.6000"] and rows["seconds"] == ["7"]
+    assert lines[-1].split() == ["layer", "1", "3.00", "4.00"]
