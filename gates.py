@@ -72,13 +72,13 @@ class Bernoulli:
 GATES = {"hard_concrete": HardConcrete, "bernoulli": Bernoulli}
 
 
-def edge_penalty(gate, log_alpha, slope=0.3):
-    """What one edge costs: its probability of being open, plus a small slope that an open edge cannot escape. Same shape
-    as log_alpha.
+def edge_penalty(gate, log_alpha):
+    """What one edge costs: its probability of being open, plus softplus(log_alpha) = log(1 + exp(log_alpha)). Same shape as
+    log_alpha.
 
-    The probability alone is flat where it is near 1, so gates that start wide open would feel no pull; softplus(x) =
-    log(1 + exp(x)) keeps pulling there and vanishes, like the probability, once the gate is closed."""
-    return gate.open_probability(log_alpha) + slope * F.softplus(log_alpha)
+    The probability is what we want to be small, but it is flat near 1, and gates that start wide open would feel no pull.
+    The softplus pulls there with slope 1 and vanishes, like the probability, once the gate is closed."""
+    return gate.open_probability(log_alpha) + F.softplus(log_alpha)
 
 
 class AttentionStats(NamedTuple):

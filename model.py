@@ -279,7 +279,7 @@ def pick_token(logits, temperature, top_k):
 
 CHECKPOINT_KEYS = {
     "nanosparse model": {"model_config", "model", "tokenizer", "trained_on"},
-    "nanosparse run": {"run", "phase", "settings", "step", "model", "optimizer", "bound"},
+    "nanosparse run": {"run", "phase", "settings", "step", "seconds", "recent", "state", "noise", "noise_cuda"},
 }
 
 
@@ -319,7 +319,11 @@ def load_checkpoint(path, format="nanosparse model"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
         raise UserError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__}): restore it, or delete it")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != format or not CHECKPOINT_KEYS[format] <= checkpoint.keys():
+    if (
+        not isinstance(checkpoint, dict)
+        or checkpoint.get("format") != format
+        or not CHECKPOINT_KEYS[format] <= checkpoint.keys()
+    ):
         raise UserError(f"{path} is no {format}: give a file that train.py wrote, such as dense.pt or sparse.pt")
     return checkpoint
 
@@ -340,4 +344,6 @@ def device_problems(name):
         if int(name[5:] or 0) < n:
             return []
         return [f"--device is {name}, but PyTorch sees {n} CUDA devices here: choose auto or cpu"]
-    return [f"--device is {name!r}: choose auto, cpu, cuda, cuda:N" + ("; there is no mps here" if name == "mps" else " or mps")]
+    return [
+        f"--device is {name!r}: choose auto, cpu, cuda, cuda:N" + ("; there is no mps here" if name == "mps" else " or mps")
+    ]

@@ -6,6 +6,8 @@ Three counts of edges, never mixed: *expected*, the sum of the gates' open proba
 (key <= query) pairs over all layers and heads.
 """
 
+import dataclasses
+
 import torch
 
 from gates import AttentionStats
@@ -16,8 +18,9 @@ def evaluate(model, data, batch_size, n_batches=None):
     """The model on the validation split (its first n_batches, if given) with deterministic gates, as a dict:
 
     loss (nats per predicted token), edges_hard and edges_expected (fractions of causal pairs), rows_empty (fraction of
-    queries), mass_removed (fraction of the attention weight that closed edges held), edges_per_head (L x H hard fractions), and on toy tasks accuracy: the fraction of examples whose whole
-    answer the model gets right greedily (each digit likeliest given the right ones before it, which is the same)."""
+    queries), mass_removed (fraction of the attention weight that closed edges held), edges_per_head (L x H hard fractions),
+    and on toy tasks accuracy: the fraction of examples whose whole answer the model gets right greedily (each token likeliest
+    given the right ones before it, which is the same)."""
     was_training = model.training
     model.eval()
     n_tokens = n_rows = n_right = 0
@@ -87,3 +90,27 @@ def table(results, bound=None, extra=()):
         for layer, row in enumerate(heads):
             lines.append(f"{f'layer {layer}':10}" + "".join(f"{100 * fraction:9.2f}" for fraction in row))
     return "\n".join(lines)
+
+
+def summarise(config, is_task, phases, results):
+    """The contents of summary.json. config: TrainConfig; phases: {name: train.Trained}; results: {name: from evaluate}."""
+    sparse = results["sparse"]
+    summary = {
+        "dense_loss": results["dense"]["loss"],
+        "bound": results["dense"]["loss"] + config.loss_tolerance,
+        "sparse_loss": sparse["loss"],
+        **{key: sparse[key] for key in ("edges_hard", "edges_expected", "rows_empty", "edges_per_head")},
+        "training_bound": phases["sparse"].training_bound,
+    }
+    if is_task:
+        summary |= {f"{name}_accuracy": result["accuracy"] for name, result in results.items()}
+    if "control" in results:
+        summary["control_loss"] = results["control"]["loss"]
+    for key in ("steps", "seconds", "tokens_per_second"):
+        summary[key] = {name: round(getattr(trained, key)) for name, trained in phases.items()}
+    return {**summary, "device": device_name(config.device), "config": dataclasses.asdict(config)}
+
+
+def device_name(device):
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"

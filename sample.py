@@ -27,7 +27,9 @@ class SampleConfig:
     prompt: str = option("", "what the text begins with; empty: a line end, where the model knows it")
     num_samples: int = option(1, "texts to generate", at_least=1)
     max_new_tokens: int = option(0, "tokens to generate; 0: the answer on a toy task, else 200", at_least=0)
-    temperature: float = option(1.0, "1: the model's own distribution; 0: the likeliest token (always so on toy tasks)", at_least=0)
+    temperature: float = option(
+        1.0, "1: the model's own distribution; 0: the likeliest token (always so on toy tasks)", at_least=0
+    )
     top_k: int = option(0, "sample among so many likeliest tokens only; 0: all", at_least=0)
     seed: int = option(1337, "of the sampling", at_least=0, below=2**62)
     compare: str = option("", "another checkpoint, generated from and drawn above this one")

@@ -14,13 +14,9 @@ extra steps, because post-training also trains). Finished phases of the same set
 """
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
-import signal
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,17 +30,9 @@ from constrained import LossBound
 from data.dataset import Dataset
 from data.tokenizer import tokenizer_of
 from gates import GATES
-from model import (
-    GPT,
-    GPTConfig,
-    checkpoint_of,
-    device_problems,
-    find_device,
-    head_problems,
-    load_checkpoint,
-    save_checkpoint,
-)
-from report import evaluate, progress_line, result_line, table
+from model import GPT, GPTConfig, checkpoint_of, device_problems, find_device, head_problems, load_checkpoint, save_checkpoint
+from report import evaluate, progress_line, result_line, summarise, table
+from resume import Interrupted, check_settings, fingerprint, keep_log_lines, load_run, read_log, restore, save, signals_noted
 
 
 @dataclass
@@ -99,26 +87,50 @@ class TrainConfig:
         """What is wrong between fields, or with this machine."""
         problems = head_problems(self.n_embd, self.n_head) + device_problems(self.device)
         if self.multiplier_start > self.multiplier_max:
-            problems.append(f"--multiplier_start {self.multiplier_start} is above --multiplier_max {self.multiplier_max}: lower it")
+            problems.append(
+                f"--multiplier_start {self.multiplier_start} is above --multiplier_max {self.multiplier_max}: lower it"
+            )
         if self.min_lr > self.learning_rate > 0:
             problems.append(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: lower it, too")
         return problems
 
 
-# fmt: off
 RECIPES = {
     "addition": TrainConfig(
-        dataset="addition", block_size=8, n_embd=64, batch_size=256, learning_rate=2e-3, gate_learning_rate=2e-2, min_lr=1e-4,
-        pretrain_steps=1000, sparsify_steps=2500, multiplier_scale=0.01, control=False, eval_interval=250, plot_text="57+68=125"),
+        dataset="addition",
+        plot_text="57+68=125",
+        n_embd=64,
+        block_size=8,
+        batch_size=128,
+        pretrain_steps=1000,
+        sparsify_steps=2500,
+        learning_rate=6e-3,
+        gate_learning_rate=6e-2,
+        min_lr=3e-4,
+        multiplier_start=1.0,
+        multiplier_max=3.0,
+        multiplier_scale=0.01,
+        control=False,
+    ),
     "shakespeare_char": TrainConfig(),
     "shakespeare_char_gpu": TrainConfig(
-        n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2, dtype="bfloat16", compile=True,
-        pretrain_steps=5000, sparsify_steps=10000),
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        block_size=256,
+        batch_size=64,
+        dropout=0.2,
+        pretrain_steps=5000,
+        sparsify_steps=10_000,
+        dtype="bfloat16",
+        compile=True,
+    ),
 }
-# fmt: on
 
 # Fields that do not change what a phase computes, and fields that the dense phase does not look at.
-NO_RESULT = set("data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split())
+NO_RESULT = set(
+    "data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split()
+)
 NOT_DENSE = set("gate gate_bias gate_learning_rate loss_tolerance sparsify_steps".split())
 NOT_DENSE |= {name for name in TrainConfig.__dataclass_fields__ if name.startswith("multiplier_")}
 
@@ -219,10 +231,6 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run, and it was saved."""
-
-
 class Trained(NamedTuple):
     """What a phase returns."""
 
@@ -267,7 +275,7 @@ def train(config):
             phases["control"] = control_phase(run, phases["dense"].model)
     print("measuring all models on the whole validation split", flush=True)
     results = {name: evaluate(trained.model, data, config.batch_size) for name, trained in phases.items()}
-    summary = summarise(run, phases, results)
+    summary = summarise(config, data.is_task, phases, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     cost = [(key, {name: f"{n:,}" for name, n in summary[key].items()}) for key in ("steps", "seconds")]
     pictures = draw(run, phases["dense"].model, phases["sparse"].model, picture)
@@ -282,7 +290,8 @@ def dense_phase(run, initial):
     if initial is not None:
         model = GPT.from_checkpoint(initial, config.init_from, dropout=config.dropout).to(config.device)
         save_checkpoint(checkpoint_of(model, run.data.meta, initial["trained_on"]), run.folder / "dense.pt")
-        print(f"dense: {config.init_from}, {model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}")
+        shape = f"{model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}"
+        print(f"dense: {config.init_from} ({shape}, as it was trained)")
         return trained(model, initial["trained_on"])
     settings = settings_of(config, run.data, NO_RESULT | NOT_DENSE)
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
@@ -343,7 +352,7 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
     keep_log_lines(run.folder / "log.jsonl", name, run.saved["step"] if resumed else -1)
     bound = None
     if bounded_by is not None:
-        loss = run.saved["bound"]["bound"] - config.loss_tolerance if resumed else training_loss(bounded_by, run)
+        loss = run.saved["state"]["bound"]["bound"] - config.loss_tolerance if resumed else training_loss(bounded_by, run)
         bound = LossBound(
             loss + config.loss_tolerance,
             scale=config.multiplier_scale,
@@ -355,9 +364,10 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
     torch.manual_seed(config.seed + 2)  # of the gates' noise and dropout
+    state = {"model": model, "optimizer": optimizer, "batches": generator} | ({"bound": bound} if bound else {})
     first, elapsed, recent = 0, 0.0, []  # recent: losses since the last line of the log
     if resumed:
-        first, elapsed, recent = restore(run, settings, model, optimizer, bound, generator)
+        first, elapsed, recent = restore(run, settings, state)
         print(f"{name}: resumed after step {first} of {steps}")
     started = time.time() - elapsed
     forward = torch.compile(model) if config.compile else model
@@ -365,9 +375,9 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
     for step in range(first, steps):
         if step % config.eval_interval == 0 and not (resumed and step == first):
             validate(run, name, step, model)
-            save(run, name, settings, model, optimizer, bound, generator, step, time.time() - started, recent)
+            save(run, name, settings, state, step, time.time() - started, recent)
         if run.stop:
-            save(run, name, settings, model, optimizer, bound, generator, step, time.time() - started, recent)
+            save(run, name, settings, state, step, time.time() - started, recent)
             raise Interrupted(f"{name} after step {step} of {steps}, and saved: the same command with --resume goes on")
         lr = learning_rate_at(step, steps, config)
         for group in optimizer.param_groups:
@@ -395,41 +405,6 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
     return time.time() - started, bound
 
 
-def save(run, name, settings, model, optimizer, bound, generator, step, seconds, recent):
-    """Write last.pt: everything that going on after this many steps needs."""
-    state = {
-        "format": "nanosparse run",
-        "run": run.settings,
-        "phase": name,
-        "settings": settings,
-        "step": step,
-        "seconds": seconds,
-        "recent": recent,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "bound": bound.state_dict() if bound else None,
-        "batches": generator.get_state(),
-        "noise": torch.get_rng_state(),
-        "noise_cuda": torch.cuda.get_rng_state_all() if run.config.device.startswith("cuda") else [],
-    }
-    save_checkpoint(state, run.folder / "last.pt")
-
-
-def restore(run, settings, model, optimizer, bound, generator):
-    """Put what `save` wrote back in place. Returns the steps done, the seconds spent, and the losses not logged yet."""
-    state = run.saved
-    check_settings(state["settings"], settings, run.folder / "last.pt")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if bound is not None:
-        bound.load_state_dict(state["bound"])
-    generator.set_state(state["batches"])
-    torch.set_rng_state(state["noise"])
-    if state["noise_cuda"] and run.config.device.startswith("cuda"):
-        torch.cuda.set_rng_state_all(state["noise_cuda"])
-    return state["step"], state["seconds"], state["recent"]
-
-
 def validate(run, name, step, model):
     """Evaluate on eval_iters validation batches; log and print the result."""
     result = evaluate(model, run.data, run.config.batch_size, run.config.eval_iters)
@@ -441,7 +416,7 @@ def validate(run, name, step, model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings, files and signals
+# Settings
 
 
 def settings_of(config, data, left_out):
@@ -450,39 +425,17 @@ def settings_of(config, data, left_out):
     return {**values, "data": data.fingerprint()}
 
 
-def fingerprint(model):
-    """A hash of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def run_settings(config, data, initial):
     """The settings of all phases together, and where they begin; what a resumed run must share with the interrupted one."""
     start = "scratch" if initial is None else fingerprint(GPT.from_checkpoint(initial))[:12]
     return {**settings_of(config, data, NO_RESULT), "init_from": start}
 
 
-def load_run(folder):
-    """last.pt as a dict. Raises UserError if there is none."""
-    if not (folder / "last.pt").is_file():
-        raise UserError(f"there is nothing to resume: {folder / 'last.pt'} does not exist; start without --resume")
-    return load_checkpoint(folder / "last.pt", format="nanosparse run")
-
-
-def check_settings(old, new, path):
-    """Raise UserError that names every setting which differs."""
-    changed = [f"{key} was {old.get(key)}, now {value}" for key, value in new.items() if old.get(key) != value]
-    if changed:
-        raise UserError(f"cannot resume {path}: {'; '.join(changed)}: give the same values, or start without --resume")
-
-
 def shape_of(checkpoint, path):
     """The fields of TrainConfig that a dense checkpoint decides."""
     shape = checkpoint["model_config"]
     if shape.get("gate") != "none":
-        raise UserError(f"--init_from {path} has gates already (gate {shape.get('gate')}): give a dense model, such as dense.pt")
+        raise UserError(f"--init_from {path} has gates already ({shape.get('gate')}): give a dense model, such as dense.pt")
     return {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
 
 
@@ -494,74 +447,8 @@ def make_folder(folder):
         raise UserError(f"cannot write to --out_dir {folder} ({error.strerror}): choose another")
 
 
-def keep_log_lines(path, phase, step):
-    """Drop what log.jsonl says of this phase after this step, because it will be written again; with a new dense phase, drop
-    all."""
-    kept = [line for line in read_log(path) if phase != "dense" and line["phase"] != phase or line["phase"] == phase and line["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_log(path):
-    """The lines of log.jsonl as dicts, but for one that was cut short when the machine died."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-@contextmanager
-def signals_noted():
-    """Inside, the first Ctrl-C or SIGTERM only puts its number into the list that this yields; a second one is real."""
-    stop, old = [], {}
-
-    def note(number, frame):
-        stop.append(number)
-        signal.signal(number, old[number])
-        print("\nstopping after this step; once more stops at once", flush=True)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals go elsewhere
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The end of a run
-
-
-def summarise(run, phases, results):
-    """The contents of summary.json. phases: {name: Trained}; results: {name: what evaluate found}."""
-    sparse = results["sparse"]
-    summary = {
-        "dense_loss": results["dense"]["loss"],
-        "bound": results["dense"]["loss"] + run.config.loss_tolerance,
-        "sparse_loss": sparse["loss"],
-        **{key: sparse[key] for key in ("edges_hard", "edges_expected", "rows_empty", "edges_per_head")},
-        "training_bound": phases["sparse"].training_bound,
-    }
-    if run.data.is_task:
-        summary |= {f"{name}_accuracy": result["accuracy"] for name, result in results.items()}
-    if "control" in results:
-        summary["control_loss"] = results["control"]["loss"]
-    for key in ("steps", "seconds", "tokens_per_second"):
-        summary[key] = {name: round(getattr(trained, key)) for name, trained in phases.items()}
-    return {**summary, "device": device_name(run.config.device), "config": dataclasses.asdict(run.config)}
-
-
-def device_name(device):
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
-    return f"{name}, torch {torch.__version__}"
 
 
 def tokens_to_draw(config, data, longest=32):
@@ -570,7 +457,8 @@ def tokens_to_draw(config, data, longest=32):
     x, _ = next(data.sequential("val", 1))
     if config.plot_text:
         try:
-            x = torch.from_numpy(tokenizer.encode(config.plot_text).astype("int64"))[None, : config.block_size].to(config.device)
+            tokens = tokenizer.encode(config.plot_text)[: config.block_size]
+            x = torch.from_numpy(tokens.astype("int64"))[None].to(config.device)
         except UserError as error:
             print(f"note: --plot_text {config.plot_text!r} is not drawn ({error})")
     return x[:, :longest]

@@ -60,7 +60,9 @@ class Dataset:
         if size % 2:
             raise UserError(f"{path} holds {size} bytes, half a uint16 token too many: make it again")
         if size < 2 * length:
-            raise UserError(f"{path} holds {size // 2} tokens, and one sequence takes {length}: give more text or a smaller block_size")
+            raise UserError(
+                f"{path} holds {size // 2} tokens, and one sequence takes {length}: give more text or a smaller block_size"
+            )
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
         if self.is_task and len(tokens) % length:
             raise UserError(f"{path} holds {len(tokens)} tokens, no multiple of example_length {length}: make it again")
@@ -104,14 +106,18 @@ def read_meta(folder):
     folder = Path(folder)
     for name in ("meta.json", "train.bin", "val.bin"):
         if not (folder / name).is_file():
-            command = MAKE_COMMANDS.get(folder.name, f"text PATH --name={folder.name}` or `... examples FILE --name={folder.name}")
+            command = MAKE_COMMANDS.get(
+                folder.name, f"text PATH --name={folder.name}` or `... examples FILE --name={folder.name}"
+            )
             raise UserError(f"{folder / name} is missing: run `python data/prepare.py {command}`")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         numbers = [meta["vocab_size"]] + [meta[key] for key in ("example_length", "answer_start") if key in meta]
         if not isinstance(meta["tokenizer"], str) or not all(type(n) is int and 0 < n <= 65536 for n in numbers):
             raise ValueError("a value of the wrong kind")
-        if ("example_length" in meta) != ("answer_start" in meta) or not meta.get("answer_start", 0) < meta.get("example_length", 1):
+        if ("example_length" in meta) != ("answer_start" in meta) or not meta.get("answer_start", 0) < meta.get(
+            "example_length", 1
+        ):
             raise ValueError("example_length and answer_start do not fit")
         if meta["tokenizer"] == "char" and len(meta["characters"]) != meta["vocab_size"]:
             raise ValueError("characters and vocab_size do not fit")

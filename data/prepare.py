@@ -190,7 +190,9 @@ def prepare_examples(pairs, folder, val_fraction, seed=0):
     examples = np.random.default_rng(seed).permutation(examples)
     n_val = round(len(examples) * val_fraction)
     if val_fraction and not 0 < n_val < len(examples):
-        raise UserError(f"--val_fraction {val_fraction} of {len(examples)} examples leaves a split empty: give more examples, or 0")
+        raise UserError(
+            f"--val_fraction {val_fraction} of {len(examples)} examples leaves a split empty: give more examples, or 0"
+        )
     train, val = (examples[n_val:], examples[:n_val]) if val_fraction else (examples, examples)
     task = {"example_length": examples.shape[1], "answer_start": len(pairs[0][0])}
     with DatasetWriter(folder) as writer:
@@ -260,7 +262,9 @@ class DatasetWriter:
         self._file.close()
         n_val = self.n_tokens - n_train
         if n_train < 2 or n_val < 2:
-            raise UserError(f"{self.n_tokens} tokens are too few to split into {n_train} for training and {n_val}: give more text")
+            raise UserError(
+                f"{self.n_tokens} tokens are too few to split into {n_train} for training and {n_val}: give more text"
+            )
         with open(self.temporary / "train.bin", "r+b") as train, open(self.temporary / "val.bin", "wb") as val:
             train.seek(2 * n_train)
             shutil.copyfileobj(train, val)
@@ -301,7 +305,8 @@ def main(argv):
         if not options.file and not source.is_file():
             download(SHAKESPEARE_URL, source, SHAKESPEARE_SHA256)
         meta = prepare_text([source], folder, "char", 0.1)
-    print(f"{folder}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, vocabulary {meta['vocab_size']}")
+    tokens = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
+    print(f"{folder}: {tokens}, vocabulary {meta['vocab_size']}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,9 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
 
 def test_damaged_datasets_are_named(tmp_path):
     folder = text_dataset(tmp_path, "some text of a few words " * 20)
-    with pytest.raises(UserError, match="val.bin holds 50 tokens, and one sequence takes 65: give more text or a smaller block_size"):
+    with pytest.raises(
+        UserError, match="val.bin holds 50 tokens, and one sequence takes 65: give more text or a smaller block_size"
+    ):
         Dataset("mine", 64, folder.parent)
     val = (folder / "val.bin").read_bytes()
     (folder / "val.bin").write_bytes(val + b"x")
@@ -205,7 +207,14 @@ def test_damaged_datasets_are_named(tmp_path):
     (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 3, "tokenizer": "byte"}))
     with pytest.raises(UserError, match=r"train.bin holds token \d+, but meta.json says vocab_size 3"):
         Dataset("mine", 8, folder.parent)
-    for text in ["{", "[]", '{"vocab_size": "many", "tokenizer": "char"}', '{"vocab_size": 9}', '{"vocab_size": 0, "tokenizer": "byte"}', '{"vocab_size": 9, "tokenizer": "char"}']:
+    for text in [
+        "{",
+        "[]",
+        '{"vocab_size": "many", "tokenizer": "char"}',
+        '{"vocab_size": 9}',
+        '{"vocab_size": 0, "tokenizer": "byte"}',
+        '{"vocab_size": 9, "tokenizer": "char"}',
+    ]:
         (folder / "meta.json").write_text(text)
         with pytest.raises(UserError, match="meta.json is damaged"):
             Dataset("mine", 8, folder.parent)

@@ -83,7 +83,9 @@ def test_gates_can_close_in_the_numpy_comparison():
 
 
 def test_stats_have_a_row_per_layer():
-    _, _, stats = tiny(gate="bernoulli")(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long), return_stats=True)
+    _, _, stats = tiny(gate="bernoulli")(
+        torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long), return_stats=True
+    )
     assert all(figure.shape == (2, 2) for figure in stats)
     _, _, stats = tiny()(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.long), return_stats=True)
     assert (stats.hard_edges == 1).all() and (stats.mass_removed == 0).all()

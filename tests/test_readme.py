@@ -24,7 +24,10 @@ def commands():
 
 def quick(command):
     """Whether it takes seconds, needs no network and no GPU."""
-    return not any(word in command for word in ("pip install", "prepare.py shakespeare", "shakespeare_char_gpu", "train.py shakespeare_char\n"))
+    return not any(
+        word in command
+        for word in ("pip install", "prepare.py shakespeare", "shakespeare_char_gpu", "train.py shakespeare_char\n")
+    )
 
 
 @pytest.fixture(scope="module")

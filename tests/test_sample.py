@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import sample
-from config import UserError
 from data.prepare import prepare_text
-from data.tokenizer import CharTokenizer, tokenizer_of
+from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
 
 CHARACTERS = "\n abcdefghij"

@@ -13,8 +13,8 @@ import torch
 
 import train as train_module
 from config import UserError
-from data.prepare import prepare_text
 from constrained import LossBound
+from data.prepare import prepare_text
 from gates import GATES
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from report import evaluate
@@ -70,7 +70,17 @@ def test_a_run_writes_what_it_promises(small, tmp_path, capsys):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if line["phase"] == "sparse" and "multiplier" in line]
     assert steps == [3, 6, 9, 12]
-    wanted = {"phase", "step", "loss", "bound", "multiplier", "expected_edges", "hard_edges", "learning_rate", "tokens_per_second"}
+    wanted = {
+        "phase",
+        "step",
+        "loss",
+        "bound",
+        "multiplier",
+        "expected_edges",
+        "hard_edges",
+        "learning_rate",
+        "tokens_per_second",
+    }
     assert all(wanted <= line.keys() for line in lines if line["phase"] == "sparse" and "multiplier" in line)
     out = capsys.readouterr().out
     for words in ("hard edges", "expected edges", "empty rows", "accuracy", "layer 1", "attention.png", "tokens/s", "left"):
@@ -231,15 +241,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
     with pytest.raises(UserError, match="sparse: the loss is nan, .* in step 8: .*last.pt holds the last good state"):
         train(small)
     saved = load_checkpoint(tmp_path / "run" / "last.pt", format="nanosparse run")
-    assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["model"].values())
+    assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["state"]["model"].values())
     monkeypatch.setattr(train_module, "training_step", training_step)
     assert train(replace(small, resume=True))["sparse_loss"] > 0
 
 
 def test_text_runs_too(tmp_path):
     prepare_text([ROOT / "LICENSE", ROOT / "README.md"], tmp_path / "data" / "text", "char", 0.1)
-    config = replace(RECIPES["shakespeare_char"], dataset="text", data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "run"))
-    config = replace(config, pretrain_steps=100, sparsify_steps=5, eval_interval=100, block_size=16, batch_size=64, n_layer=2, n_embd=32, device="cpu")
+    config = replace(
+        RECIPES["shakespeare_char"], dataset="text", data_dir=str(tmp_path / "data"), out_dir=str(tmp_path / "run")
+    )
+    config = replace(
+        config,
+        learning_rate=1e-2,
+        warmup_iters=10,
+        pretrain_steps=100,
+        sparsify_steps=5,
+        eval_interval=100,
+        block_size=16,
+        batch_size=64,
+        n_layer=2,
+        n_embd=32,
+        device="cpu",
+    )
     summary = train(config)
     assert summary["dense_loss"] < 3.6 and "dense_accuracy" not in summary and summary["control_loss"] > 0
 
@@ -273,7 +297,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(program, tmp_path, argv, sent
 def test_all_problems_of_a_command_line_are_reported_together(program):
     code, _, err = program(train_module.main, "adition", "--gate=x", "--n_layer=-1", "--seed=a", "--bogus", "--device=gpu")
     assert code == 2 and len(err.splitlines()) == 6
-    code, _, err = program(train_module.main, "addition", "--data_dir=nowhere", "--init_from=nothing.pt", "--resume", "--out_dir=none")
+    code, _, err = program(
+        train_module.main, "addition", "--data_dir=nowhere", "--init_from=nothing.pt", "--resume", "--out_dir=none"
+    )
     assert code == 2 and [line.split(" ")[1:4] for line in err.splitlines()] == [
         ["there", "is", "no"], ["nowhere/addition/meta.json", "is", "missing:"], ["there", "is", "nothing"]
     ]  # fmt: skip
@@ -323,7 +349,9 @@ def test_a_log_cut_short_does_not_stop_the_next_run(small, tmp_path):
 
 
 def test_ctrl_c_on_the_command_line(small, tmp_path, monkeypatch, program):
-    flags = [f"--{k}={getattr(small, k)}" for k in "dataset data_dir out_dir n_layer n_head n_embd block_size batch_size".split()]
+    flags = [
+        f"--{k}={getattr(small, k)}" for k in "dataset data_dir out_dir n_layer n_head n_embd block_size batch_size".split()
+    ]
     flags += ["--pretrain_steps=5", "--sparsify_steps=5", "--device=cpu", "--plot_text="]
     stop_at(monkeypatch, 7)
     code, _, err = program(train_module.main, "addition", *flags)

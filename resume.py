@@ -1,0 +1,114 @@
+"""
+A run that can be stopped at any step and go on: what last.pt and log.jsonl hold, and which settings must stay the same.
+
+Everything here is bookkeeping; the algorithm is in train.py.
+"""
+
+import hashlib
+import json
+import os
+import signal
+from contextlib import contextmanager
+
+import torch
+
+from config import UserError
+from model import load_checkpoint, save_checkpoint
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run, and it was saved."""
+
+
+def save(run, phase, settings, state, step, seconds, recent):
+    """Write last.pt: everything that going on after this many steps needs. state: {name: model, optimizer, LossBound or
+    generator of the batches}; seconds: spent so far; recent: losses not logged yet."""
+    saved = {
+        "format": "nanosparse run",
+        "run": run.settings,
+        "phase": phase,
+        "settings": settings,
+        "step": step,
+        "seconds": seconds,
+        "recent": recent,
+        "state": {name: part.get_state() if name == "batches" else part.state_dict() for name, part in state.items()},
+        "noise": torch.get_rng_state(),
+        "noise_cuda": torch.cuda.get_rng_state_all() if run.config.device.startswith("cuda") else [],
+    }
+    save_checkpoint(saved, run.folder / "last.pt")
+
+
+def restore(run, settings, state):
+    """Put what `save` wrote back into state. Returns the steps done, the seconds spent, and the losses not logged yet."""
+    saved = run.saved
+    check_settings(saved["settings"], settings, run.folder / "last.pt")
+    for name, part in state.items():
+        (part.set_state if name == "batches" else part.load_state_dict)(saved["state"][name])
+    torch.set_rng_state(saved["noise"])
+    if saved["noise_cuda"] and run.config.device.startswith("cuda"):
+        torch.cuda.set_rng_state_all(saved["noise_cuda"])
+    return saved["step"], saved["seconds"], saved["recent"]
+
+
+def load_run(folder):
+    """last.pt as a dict. Raises UserError if there is none."""
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"there is nothing to resume: {folder / 'last.pt'} does not exist; start without --resume")
+    return load_checkpoint(folder / "last.pt", format="nanosparse run")
+
+
+def check_settings(old, new, path):
+    """Raise UserError that names every setting which differs."""
+    changed = [f"{key} was {old.get(key)}, now {value}" for key, value in new.items() if old.get(key) != value]
+    if changed:
+        raise UserError(f"cannot resume {path}: {'; '.join(changed)}: give the same values, or start without --resume")
+
+
+def fingerprint(model):
+    """A hash of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def keep_log_lines(path, phase, step):
+    """Drop what log.jsonl says of this phase after this step, because it will be written again; with a new dense phase, drop
+    all."""
+    kept = [line for line in read_log(path) if (line["step"] <= step if line["phase"] == phase else phase != "dense")]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_log(path):
+    """The lines of log.jsonl as dicts, but for one that was cut short when the machine died."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+@contextmanager
+def signals_noted():
+    """Inside, the first Ctrl-C or SIGTERM only puts its number into the list that this yields; a second one is real."""
+    stop, old = [], {}
+
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, old[number])
+        print("\nstopping after this step; once more stops at once", flush=True)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals go elsewhere
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
