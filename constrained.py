@@ -23,8 +23,8 @@ class LossBound:
         scale    a violation that counts as large, in the same unit; violations are clipped to it
         rate     how far log(multiplier) moves in one step under a violation of `scale`
         decay    of the running average of the loss: it forgets over about 1 / (1 - decay) steps
-        start    the multiplier before the first update: small, and the cost falls first; large, and the loss stays put
-        smallest, largest    clamp on the multiplier
+        smallest, largest    clamp on the multiplier; it starts at `largest`, where the loss counts most, and comes down as
+                             soon as there is slack
 
     How `update` follows: a price must be positive, so ascend on its logarithm, log m. A single batch is noisy, so use the
     running average of the loss. The step is rate * (average - bound) / scale, clipped to [-rate, rate], because early
@@ -32,10 +32,10 @@ class LossBound:
     the bound from doing the same.
     """
 
-    def __init__(self, bound, scale=0.05, rate=0.02, decay=0.9, start=1.0, smallest=1e-3, largest=10.0):
+    def __init__(self, bound, scale=0.05, rate=0.02, decay=0.9, smallest=1e-3, largest=10.0):
         self.bound, self.scale, self.rate, self.decay = bound, scale, rate, decay
         self.log_min, self.log_max = math.log(smallest), math.log(largest)
-        self.log_multiplier = math.log(start)
+        self.log_multiplier = self.log_max
         self.average = None  # of the loss; None before the first update
 
     @property

@@ -54,19 +54,18 @@ class TrainConfig:
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_bias: float = option(5.0, "where the gates' biases start; 5 is wide open")
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
-    multiplier_start: float = option(8.0, "price of a nat of loss, in edge costs, to begin with", above=0)
-    multiplier_max: float = option(8.0, "the highest price", above=0)
+    multiplier_max: float = option(8.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
     multiplier_rate: float = option(0.02, "how far log(multiplier) moves per step at most", above=0)
     multiplier_scale: float = option(0.05, "violation of the bound that moves it that far, nats", above=0)
     # optimisation; the schedule runs anew in every phase
-    pretrain_steps: int = option(3000, "steps of the dense phase", at_least=1)
+    pretrain_steps: int = option(2500, "steps of the dense phase", at_least=1)
     sparsify_steps: int = option(6000, "steps of the sparse phase, and of the control", at_least=1)
     control: bool = option(True, "also train the dense model for sparsify_steps more, to compare with")
     batch_size: int = option(24, "sequences per micro-step", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-steps per step", at_least=1)
-    learning_rate: float = option(1e-3, "of the weights", above=0)
-    gate_learning_rate: float = option(1e-2, "of the gates' biases", above=0)
-    min_lr: float = option(5e-5, "where the cosine decay of learning_rate ends", at_least=0)
+    learning_rate: float = option(3e-3, "of the weights", above=0)
+    gate_learning_rate: float = option(3e-2, "of the gates' biases", above=0)
+    min_lr: float = option(1.5e-4, "where the cosine decay of learning_rate ends", at_least=0)
     warmup_iters: int = option(100, "steps of linear warm-up", at_least=0)
     weight_decay: float = option(0.1, "on matrices, in the dense phase only", at_least=0)
     beta1: float = option(0.9, "AdamW", at_least=0, below=1)
@@ -86,10 +85,6 @@ class TrainConfig:
     def problems(self):
         """What is wrong between fields, or with this machine."""
         problems = head_problems(self.n_embd, self.n_head) + device_problems(self.device)
-        if self.multiplier_start > self.multiplier_max:
-            problems.append(
-                f"--multiplier_start {self.multiplier_start} is above --multiplier_max {self.multiplier_max}: lower it"
-            )
         if self.min_lr > self.learning_rate > 0:
             problems.append(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: lower it, too")
         return problems
@@ -103,12 +98,10 @@ RECIPES = {
         block_size=8,
         batch_size=128,
         pretrain_steps=1000,
-        sparsify_steps=2500,
+        sparsify_steps=4000,
         learning_rate=6e-3,
         gate_learning_rate=6e-2,
         min_lr=3e-4,
-        multiplier_start=1.0,
-        multiplier_max=3.0,
         multiplier_scale=0.01,
         control=False,
     ),
@@ -120,6 +113,9 @@ RECIPES = {
         block_size=256,
         batch_size=64,
         dropout=0.2,
+        learning_rate=1e-3,
+        gate_learning_rate=1e-2,
+        min_lr=1e-4,
         pretrain_steps=5000,
         sparsify_steps=10_000,
         dtype="bfloat16",
@@ -357,7 +353,6 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
             loss + config.loss_tolerance,
             scale=config.multiplier_scale,
             rate=config.multiplier_rate,
-            start=config.multiplier_start,
             largest=config.multiplier_max,
         )
         print(f"the dense model's training loss is {loss:.4f}; the bound while training is {bound.bound:.4f}")

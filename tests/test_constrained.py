@@ -27,12 +27,12 @@ def test_finds_the_known_multiplier_of_a_convex_problem():
 def test_rises_under_violation_and_falls_under_slack():
     bound = LossBound(1.0, scale=0.1, rate=0.01, decay=0.0)
     start = bound.multiplier
-    bound.update(1.05)
-    assert bound.multiplier == pytest.approx(start * math.exp(0.005))
-    bound.update(0.95)
-    assert bound.multiplier == pytest.approx(start)
     bound.update(0.0)
     assert bound.multiplier == pytest.approx(start * math.exp(-0.01)), "a large slack must be clipped to `rate`"
+    bound.update(0.95)
+    assert bound.multiplier == pytest.approx(start * math.exp(-0.015))
+    bound.update(1.05)
+    assert bound.multiplier == pytest.approx(start * math.exp(-0.01))
 
 
 def test_follows_the_running_average_not_the_last_batch():
@@ -56,7 +56,7 @@ def test_stays_within_its_clamp():
 
 def test_lagrangian_has_unit_scale_and_gradients_of_both():
     cost, loss = torch.tensor(5.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    bound = LossBound(1.0, start=3.0)
+    bound = LossBound(1.0, largest=3.0)
     value = bound.lagrangian(cost, loss)
     value.backward()
     assert value.item() == pytest.approx((5 + 3 * (2 - 1)) / 4)

@@ -116,25 +116,33 @@ def test_thirty_steps_close_edges(small, gate):
     assert after["edges_expected"] < before["edges_expected"] - 0.1
 
 
-# interrupted in the dense phase before and after its first evaluation; in the sparse phase; in the control
-@pytest.mark.parametrize("n", [1, 4, 5, 7, 12, 13, 15, 20, 24, 30])
-def test_resuming_equals_never_stopping_bit_for_bit(small, tmp_path, monkeypatch, n):
-    small = replace(small, control=True)
-    train(small)
-    broken = replace(small, out_dir=str(tmp_path / "broken"))
+@pytest.fixture(scope="module")
+def never_stopped(data_dir, tmp_path_factory):
+    """The folder of a run of all three phases, 12 steps each."""
+    folder = tmp_path_factory.mktemp("never_stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "draw", lambda *args: [])
+        train(replace(SMALL, control=True, data_dir=str(data_dir), out_dir=str(folder)))
+    return folder
+
+
+# in the dense phase before and after its first evaluation, at an evaluation, at phases' ends, in the sparse phase, the control
+@pytest.mark.parametrize("n", [1, 4, 5, 7, 12, 13, 20, 24, 30])
+def test_resuming_equals_never_stopping_bit_for_bit(small, never_stopped, tmp_path, monkeypatch, n):
+    broken = replace(small, control=True, out_dir=str(tmp_path / "broken"))
     stop_at(monkeypatch, n)
     with pytest.raises(KeyboardInterrupt, match=r"after step \d+ of 12, and saved"):
         train(broken)
     monkeypatch.setattr(train_module, "training_step", training_step)
     train(replace(broken, resume=True))
     for name in ("dense", "sparse", "control"):
-        assert same(weights(tmp_path / "run" / f"{name}.pt"), weights(tmp_path / "broken" / f"{name}.pt")), name
+        assert same(weights(never_stopped / f"{name}.pt"), weights(tmp_path / "broken" / f"{name}.pt")), name
 
     def log(folder):
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
 
-    assert log(tmp_path / "run") == log(tmp_path / "broken")
+    assert log(never_stopped) == log(tmp_path / "broken")
 
 
 def test_evaluating_more_often_changes_nothing(small, tmp_path):
