@@ -4,13 +4,15 @@
 # make clean   remove the demo's results (not .venv, not other runs)
 
 PYTHON ?= python3
+# a run that began and has no summary was interrupted: go on with it
+INTERRUPTED = $(if $(wildcard out/addition/summary.json),,$(if $(wildcard out/addition/last.pt),--resume))
 
 .PHONY: demo test clean
 
 demo: .venv/installed
 	@if [ -f data/addition/meta.json ]; then echo "data/addition is there: reused"; \
 	else .venv/bin/python data/prepare.py addition; fi
-	@.venv/bin/python train.py addition $(if $(wildcard out/addition/last.pt),--resume)
+	@.venv/bin/python train.py addition $(INTERRUPTED)
 
 test: .venv/installed
 	.venv/bin/python -m pytest
