@@ -43,7 +43,7 @@ def visible(text):
     return text if len(text) <= 8 else text[:7] + "…"
 
 
-def attention_figure(labels, records, per_row=8):
+def attention_figure(labels, records):
     """Attention of every head on one sequence, one block of panels per model, all on one colour scale.
 
     labels: T strings. records: {model's name: (weight, edges)}, arrays (L, H, T, T): effective attention weights (pattern
@@ -52,9 +52,9 @@ def attention_figure(labels, records, per_row=8):
     """
     labels = [visible(label) for label in labels]
     n_layer, n_head, T, _ = next(iter(records.values()))[0].shape
-    layers_per_row = min(n_layer, max(1, per_row // n_head))
+    layers_per_row = min(n_layer, max(1, (8 if T <= 12 else 4) // n_head))  # longer sequences need larger panels
     n_rows, n_columns = -(-n_layer // layers_per_row), layers_per_row * n_head
-    font = float(np.clip(62 / T, 2.5, 7))
+    font = float(np.clip(500 / n_columns / T, 2.5, 7))  # points, a little less than a cell
     figure = plt.figure(figsize=(10, len(records) * (n_rows * 9.2 / n_columns + 0.55) + 0.5), layout="constrained")
     blocks = figure.subfigures(len(records), 1, squeeze=False)[:, 0]
     for block, (name, (weight, edges)) in zip(blocks, records.items()):
@@ -143,7 +143,9 @@ def training_figure(lines):
     top.plot(column(steps, "step"), column(steps, "bound"), color="#D55E00", ls="--", label="its bound")
     top.plot(column(evaluations, "step"), column(evaluations, "val_loss"), "o", color="#009E73", ms=4,
              label="validation loss, deterministic gates")  # fmt: skip
-    top.set(ylabel="loss (nats)", yscale="log")
+    losses = column(steps, "loss") + column(evaluations, "val_loss")
+    spread = max(losses, default=1) > 10 * min(losses, default=1)  # of addition: from 0.1 to 0.001
+    top.set(ylabel="loss (nats)", yscale="log" if spread else "linear")
     middle.plot(column(steps, "step"), column(steps, "multiplier"), color="#CC79A7")
     middle.set(ylabel="multiplier", yscale="log")
     bottom.plot(column(steps, "step"), column(steps, "expected_edges"), color="#56B4E9", label="expected")

@@ -446,7 +446,7 @@ def make_folder(folder):
 # The end of a run
 
 
-def tokens_to_draw(config, data, longest=32):
+def tokens_to_draw(config, data, longest=24):
     """plot_text as tokens (1, T), or the beginning of the validation split. Raises UserError if there is no tokenizer."""
     tokenizer = tokenizer_of(data.meta)
     x, _ = next(data.sequential("val", 1))
