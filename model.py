@@ -296,7 +296,8 @@ def checkpoint_of(model, tokenizer, trained_on):
 
 
 def save_checkpoint(checkpoint, path):
-    """Write to a temporary file beside path, then rename: whoever interrupts it, path holds the old or the new."""
+    """Write to a temporary file beside path, then rename: whoever interrupts it, path holds the old or the new.
+    Raises UserError if it cannot be written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -306,6 +307,8 @@ def save_checkpoint(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): free some space, or choose another folder")
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -107,7 +107,7 @@ def summarise(config, is_task, phases, results):
     if "control" in results:
         summary["control_loss"] = results["control"]["loss"]
     for key in ("steps", "seconds", "tokens_per_second"):
-        summary[key] = {name: round(getattr(trained, key)) for name, trained in phases.items()}
+        summary[key] = {name: round(getattr(phase, key)) for name, phase in phases.items()}
     return {**summary, "device": device_name(config.device), "config": dataclasses.asdict(config)}
 
 

@@ -270,7 +270,7 @@ def train(config):
         if config.control:
             phases["control"] = control_phase(run, phases["dense"].model)
     print("measuring all models on the whole validation split", flush=True)
-    results = {name: evaluate(trained.model, data, config.batch_size) for name, trained in phases.items()}
+    results = {name: evaluate(phase.model, data, config.batch_size) for name, phase in phases.items()}
     summary = summarise(config, data.is_task, phases, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     cost = [(key, {name: f"{n:,}" for name, n in summary[key].items()}) for key in ("steps", "seconds")]
@@ -288,7 +288,7 @@ def dense_phase(run, initial):
         save_checkpoint(checkpoint_of(model, run.data.meta, initial["trained_on"]), run.folder / "dense.pt")
         shape = f"{model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}"
         print(f"dense: {config.init_from} ({shape}, as it was trained)")
-        return trained(model, initial["trained_on"])
+        return trained_as(model, initial["trained_on"])
     settings = settings_of(config, run.data, NO_RESULT | NOT_DENSE)
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
     torch.manual_seed(config.seed)
@@ -322,7 +322,7 @@ def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=N
         checkpoint = load_checkpoint(path)
         if checkpoint["trained_on"].get("settings") == settings:
             print(f"{name}: {path} has the same settings: reused (to train again, delete it or give another --out_dir)")
-            return trained(GPT.from_checkpoint(checkpoint, path).to(run.config.device), checkpoint["trained_on"])
+            return trained_as(GPT.from_checkpoint(checkpoint, path).to(run.config.device), checkpoint["trained_on"])
     seconds, bound = fit(run, name, settings, model.to(run.config.device), steps, weight_decay, bounded_by)
     trained_on = {
         "settings": settings,
@@ -332,10 +332,10 @@ def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=N
         "training_bound": bound.bound if bound else None,
     }
     save_checkpoint(checkpoint_of(model, run.data.meta, trained_on), path)
-    return trained(model.eval(), trained_on)
+    return trained_as(model.eval(), trained_on)
 
 
-def trained(model, trained_on):
+def trained_as(model, trained_on):
     """Trained, from what a checkpoint says of its training (zeros where it says nothing)."""
     return Trained(model, *(trained_on.get(key, 0) for key in ("steps", "seconds", "tokens_per_second", "training_bound")))
 

@@ -166,10 +166,10 @@ def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
 
     def breaks(obj, file):
         file.write(b"half a checkpoint")
-        raise OSError("no space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", breaks)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"cannot write .*model.pt \(No space left on device\)"):
         save_checkpoint(new, path)
     assert all(torch.equal(p, old["model"][name]) for name, p in load_checkpoint(path)["model"].items())
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"], "the temporary file must not stay behind"
