@@ -14,6 +14,7 @@ line are found before any is reported, one sentence each.
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from contextlib import contextmanager
 
@@ -152,6 +153,8 @@ def run(main):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         print(f"stopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
         sys.exit(130)

@@ -11,7 +11,8 @@ so the model opens and closes an edge by moving the query and the key. The softm
 renormalised afterwards: a query may end with no edge at all, and then its head writes zero.
 (Sparse Attention Post-Training for Mechanistic Interpretability, arXiv 2512.05865)
 
-To try a gate of your own, write a class with `sample`, `deterministic` and `open_probability`, and add it to GATES.
+A gate of your own is a class with the three methods of HardConcrete, added to GATES and chosen with --gate=NAME; its
+`deterministic` must return exact zeros, or no edge ever counts as closed.
 """
 
 import math
@@ -76,8 +77,9 @@ def edge_penalty(gate, log_alpha):
     """What one edge costs: its probability of being open, plus softplus(log_alpha) = log(1 + exp(log_alpha)). Same shape as
     log_alpha.
 
-    The probability is what we want to be small, but it is flat near 1, and gates that start wide open would feel no pull.
-    The softplus pulls there with slope 1 and vanishes, like the probability, once the gate is closed."""
+    The probability is the paper's penalty and what we want to be small, but it is flat near 1, and gates that start wide
+    open would feel no pull. The softplus is ours: it pulls there with slope 1 and vanishes, like the probability, once the
+    gate is closed."""
     return gate.open_probability(log_alpha) + F.softplus(log_alpha)
 
 
@@ -127,10 +129,11 @@ def gated_attention(q, k, v, bias, gate, training, u=None):
 def attention_stats(pattern, log_alpha, gate):
     """AttentionStats of what attention_pattern returned."""
     B, H, Tq, Tk = log_alpha.shape
+    mask = causal_mask(Tq, Tk, log_alpha.device)
     n_pairs = B * Tq * (2 * Tk - Tq + 1) // 2
 
-    def mean_over_pairs(x):  # pairs that causality forbids add nothing
-        return x.sum(dim=(0, 2, 3)) / n_pairs  # (H,)
+    def mean_over_pairs(x):
+        return x.masked_fill(~mask, 0).sum(dim=(0, 2, 3)) / n_pairs  # (H,)
 
     penalty = mean_over_pairs(edge_penalty(gate, log_alpha))
     with torch.no_grad():

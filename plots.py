@@ -28,10 +28,14 @@ def save(figure, path):
     path = Path(path)
     try:
         if not path.suffix:
-            raise ValueError("it has no ending")
+            raise ValueError("its name has no ending")
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent}")
         figure.savefig(path, dpi=160)
     except (OSError, ValueError) as error:  # no such folder, no permission; an ending that matplotlib does not know
-        raise UserError(f"cannot write the picture {path} ({error}): choose another path, ending in .png, .svg or .pdf")
+        raise UserError(
+            f"cannot write the picture {path} ({error}): give a name in an existing folder that ends in .png, .svg or .pdf"
+        )
     finally:
         plt.close(figure)
     return path
@@ -140,7 +144,13 @@ def training_figure(lines):
 
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(10, 7), sharex=True, layout="constrained")
     top.plot(column(steps, "step"), column(steps, "loss"), color="#0072B2", label="training loss, sampled gates")
-    top.plot(column(steps, "step"), column(steps, "bound"), color="#D55E00", ls="--", label="its bound")
+    top.plot(
+        column(steps, "step"),
+        column(steps, "bound"),
+        color="#D55E00",
+        ls="--",
+        label="its bound: the dense model's training loss + tolerance",
+    )
     top.plot(column(evaluations, "step"), column(evaluations, "val_loss"), "o", color="#009E73", ms=4,
              label="validation loss, deterministic gates")  # fmt: skip
     losses = column(steps, "loss") + column(evaluations, "val_loss")

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -41,7 +42,8 @@ def save(run, phase, settings, state, step, seconds, recent):
 def restore(run, settings, state):
     """Put what `save` wrote back into state. Returns the steps done, the seconds spent, and the losses not logged yet."""
     saved = run.saved
-    check_settings(saved["settings"], settings, run.folder / "last.pt")
+    if saved["settings"].get("dense") != settings.get("dense"):
+        raise UserError(f"cannot resume {run.folder / 'last.pt'}: dense.pt is another one now: start without --resume")
     for name, part in state.items():
         (part.set_state if name == "batches" else part.load_state_dict)(saved["state"][name])
     torch.set_rng_state(saved["noise"])
@@ -57,11 +59,28 @@ def load_run(folder):
     return load_checkpoint(folder / "last.pt", format="nanosparse run")
 
 
+def differences(old, new):
+    """In words, how settings differ; empty if they do not."""
+    return "; ".join(f"{key} was {old.get(key)}, now {value}" for key, value in new.items() if old.get(key) != value)
+
+
 def check_settings(old, new, path):
     """Raise UserError that names every setting which differs."""
-    changed = [f"{key} was {old.get(key)}, now {value}" for key, value in new.items() if old.get(key) != value]
+    changed = differences(old, new)
     if changed:
-        raise UserError(f"cannot resume {path}: {'; '.join(changed)}: give the same values, or start without --resume")
+        raise UserError(f"cannot resume {path}: {changed}: give the same values, or start without --resume")
+
+
+def set_aside(path):
+    """Rename <name>.pt, where there is one, to <name>.old.pt."""
+    if path.is_file():
+        os.replace(path, path.with_name(f"{path.stem}.old.pt"))
+
+
+def code_of(*files):
+    """A hash of some of the project's source files, so that an edited algorithm is not taken for a finished run."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in files)).hexdigest()[:12]
 
 
 def fingerprint(model):
@@ -73,9 +92,8 @@ def fingerprint(model):
 
 
 def keep_log_lines(path, phase, step):
-    """Drop what log.jsonl says of this phase after this step, because it will be written again; with a new dense phase, drop
-    all."""
-    kept = [line for line in read_log(path) if (line["step"] <= step if line["phase"] == phase else phase != "dense")]
+    """Drop what log.jsonl says of this phase after this step, because it will be written again."""
+    kept = [line for line in read_log(path) if line["phase"] != phase or line["step"] <= step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

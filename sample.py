@@ -65,12 +65,12 @@ def generate(config, checkpoint, model):
     if is_task and not config.prompt:
         raise UserError(f"--prompt is missing: this task's prompts have {meta['answer_start']} characters")
     prompt = tokenizer.encode(config.prompt or "\n")
-    if len(prompt) > block_size:
-        raise UserError(f"the prompt has {len(prompt)} tokens, and the model sees {block_size} at once: shorten it")
     if is_task and len(prompt) != meta["answer_start"]:
         raise UserError(
             f"the prompt {config.prompt!r} has {len(prompt)} characters: this task's prompts have {meta['answer_start']}"
         )
+    if len(prompt) > block_size:
+        raise UserError(f"the prompt has {len(prompt)} tokens, and the model sees {block_size} at once: shorten it")
     n_new = config.max_new_tokens or (meta["example_length"] - meta["answer_start"] if is_task else 200)
     idx = torch.from_numpy(prompt.astype("int64"))[None].to(config.device)
     torch.manual_seed(config.seed)

@@ -32,7 +32,20 @@ from data.tokenizer import tokenizer_of
 from gates import GATES
 from model import GPT, GPTConfig, checkpoint_of, device_problems, find_device, head_problems, load_checkpoint, save_checkpoint
 from report import evaluate, progress_line, result_line, summarise, table
-from resume import Interrupted, check_settings, fingerprint, keep_log_lines, load_run, read_log, restore, save, signals_noted
+from resume import (
+    Interrupted,
+    check_settings,
+    code_of,
+    differences,
+    fingerprint,
+    keep_log_lines,
+    load_run,
+    read_log,
+    restore,
+    save,
+    set_aside,
+    signals_noted,
+)
 
 
 @dataclass
@@ -40,7 +53,7 @@ class TrainConfig:
     # data and files
     dataset: str = option("shakespeare_char", "a folder under data_dir")
     data_dir: str = option("data", "where the datasets are")
-    out_dir: str = option("", "where to write; empty: out/<dataset>")
+    out_dir: str = option("", "where to write; empty: out/<recipe>, or out/<dataset> if that is not the recipe's")
     init_from: str = option("scratch", "scratch: pretrain first; or the path of a dense checkpoint to post-train")
     resume: bool = option(False, "continue the interrupted run in out_dir")
     # the model
@@ -52,7 +65,7 @@ class TrainConfig:
     bias: bool = option(True, "biases in linear layers and LayerNorms")
     # the gates and the bound
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
-    gate_bias: float = option(5.0, "where the gates' biases start; 5 is wide open")
+    gate_bias: float = option(5.0, "where the gates' biases start; 5 leaves most edges open")
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
     multiplier_max: float = option(8.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
     multiplier_rate: float = option(0.02, "how far log(multiplier) moves per step at most", above=0)
@@ -136,9 +149,10 @@ NOT_DENSE |= {name for name in TrainConfig.__dataclass_fields__ if name.startswi
 
 
 def training_step(model, optimizer, batches, bound, grad_clip, autocast):
-    """One step of the paper's post-training (with bound=None: of plain training). batches: the micro-steps' (x, y).
+    """One step of post-training (with bound=None: of plain training) on all weights and gates. batches: the micro-steps'
+    (x, y). bound: LossBound, whose bound is the dense model's training loss plus the tolerance.
     Returns the mean loss in nats and the last micro-step's AttentionStats. Raises FloatingPointError, before it changes
-    anything, if the loss or its gradient is not finite."""
+    anything, if the loss, the cost or the gradient is not finite."""
     total = 0.0
     for x, y in batches:
         with autocast():
@@ -148,8 +162,8 @@ def training_step(model, optimizer, batches, bound, grad_clip, autocast):
         (objective / len(batches)).backward()
         total += loss.item() / len(batches)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
-    if not math.isfinite(total + norm):
-        raise FloatingPointError(f"the loss is {total}, the norm of its gradient {norm}")
+    if not math.isfinite(total + cost.item() + norm):
+        raise FloatingPointError(f"the loss is {total}, the cost {cost.item()}, the norm of the gradient {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
@@ -262,6 +276,10 @@ def train(config):
     if problems:
         raise UserError("\n".join(problems))
     make_folder(folder)
+    print(f"writing to {folder}", flush=True)
+    if not saved and (folder / "last.pt").is_file() and not (folder / "summary.json").is_file():
+        print("note: starting over, and the interrupted run's last.pt is kept as last.old.pt (--resume would have gone on)")
+        set_aside(folder / "last.pt")
     torch.set_float32_matmul_precision("high")
     with signals_noted() as stop:
         run = Run(config, data, folder, run_settings(config, data, initial), saved, stop)
@@ -299,7 +317,8 @@ def dense_phase(run, initial):
 def sparse_phase(run, dense):
     """The dense model with gates, post-trained under the bound."""
     config = run.config
-    settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense)}
+    code = code_of("gates.py", "constrained.py", "train.py")
+    settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense), "code": code}
     model = GPT(replace(dense.config, gate=config.gate, gate_bias=config.gate_bias))
     model.load_state_dict(dense.state_dict(), strict=False)  # all but the gates' biases
     return train_or_reuse(run, "sparse", settings, model, config.sparsify_steps, 0.0, dense)
@@ -320,9 +339,11 @@ def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=N
     path = run.folder / f"{name}.pt"
     if path.is_file():
         checkpoint = load_checkpoint(path)
-        if checkpoint["trained_on"].get("settings") == settings:
+        changed = differences(checkpoint["trained_on"].get("settings", {}), settings)
+        if not changed:
             print(f"{name}: {path} has the same settings: reused (to train again, delete it or give another --out_dir)")
             return trained_as(GPT.from_checkpoint(checkpoint, path).to(run.config.device), checkpoint["trained_on"])
+        print(f"note: {path} has other settings ({changed}): it will be kept as {name}.old.pt")
     seconds, bound = fit(run, name, settings, model.to(run.config.device), steps, weight_decay, bounded_by)
     trained_on = {
         "settings": settings,
@@ -331,6 +352,7 @@ def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=N
         "tokens_per_second": steps * run.tokens_per_step / seconds,
         "training_bound": bound.bound if bound else None,
     }
+    set_aside(path)
     save_checkpoint(checkpoint_of(model, run.data.meta, trained_on), path)
     return trained_as(model.eval(), trained_on)
 
@@ -478,11 +500,16 @@ def main(argv):
         name, *argv = argv
     if name not in RECIPES:
         problems.append(f"there is no recipe {name!r}: choose one of {', '.join(RECIPES)}")
-    recipe = replace(RECIPES.get(name, TrainConfig()), out_dir=f"out/{name}")
+    recipe = RECIPES.get(name, TrainConfig())
     if "--help" in argv or "-h" in argv:
         print(f"{__doc__}\nfields, with the values of recipe {name}:\n{command_line.help_text(recipe)}")
         return
-    train(command_line.parse(recipe, argv, problems))
+    config = command_line.parse(recipe, argv, problems)
+    if config.dataset == recipe.dataset:
+        config.out_dir = config.out_dir or f"out/{name}"
+    elif config.plot_text == recipe.plot_text:
+        config.plot_text = ""  # the recipe's is of another dataset
+    train(config)
 
 
 if __name__ == "__main__":

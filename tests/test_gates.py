@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import gates
 from gates import GATES, Bernoulli, HardConcrete, attention_stats, gated_attention
 
 BOTH = pytest.mark.parametrize("gate", [HardConcrete(), Bernoulli()], ids=["hard_concrete", "bernoulli"])
@@ -176,6 +177,15 @@ def test_statistics_count_causal_pairs_only(gate, scale):
     assert stats.hard_edges.item() == pytest.approx(sum(hard) / 20)
     assert stats.expected_edges.item() == pytest.approx(sum(expected) / 20, abs=1e-6)
     assert y.isfinite().all() and all(figure.isfinite().all() for figure in stats)
+
+
+def test_a_penalty_that_does_not_vanish_counts_causal_pairs_only(monkeypatch):
+    monkeypatch.setattr(gates, "edge_penalty", lambda gate, log_alpha: (log_alpha + 4).abs())
+    q, k, v = (torch.zeros(2, 3, 5, 4) for _ in range(3))
+    bias = torch.ones(3, requires_grad=True)
+    _, stats = gated_attention(q, k, v, bias, HardConcrete(), True)
+    stats.penalty.sum().backward()
+    assert stats.penalty.tolist() == [5, 5, 5] and torch.allclose(bias.grad, torch.ones(3))
 
 
 @BOTH

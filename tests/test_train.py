@@ -167,8 +167,11 @@ def test_a_finished_run_is_reused_and_other_settings_are_not(small, tmp_path, mo
     train(replace(small, loss_tolerance=0.5))  # a new sparse phase from the same dense model
     assert "dense: " in (out := capsys.readouterr().out) and "sparse: " not in out.split("validation")[0]
     assert same(dense, weights(tmp_path / "run" / "dense.pt"))
+    capsys.readouterr()
     train(replace(small, seed=4))
     assert not same(dense, weights(tmp_path / "run" / "dense.pt"))
+    assert same(dense, weights(tmp_path / "run" / "dense.old.pt")), "the older model must not be lost"
+    assert "dense.pt has other settings (seed was 3, now 4): it will be kept as dense.old.pt" in capsys.readouterr().out
 
 
 def test_post_training_an_existing_dense_model(small, tmp_path):
@@ -220,7 +223,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data_dir):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     model.ln_f.weight.register_hook(lambda grad: grad * float("nan"))  # the loss stays finite
     batch = data.batch("train", 8, torch.Generator().manual_seed(0))
-    with pytest.raises(FloatingPointError, match="norm of its gradient nan"):
+    with pytest.raises(FloatingPointError, match="norm of the gradient nan"):
         training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), [batch], None, 1.0, nullcontext)
     assert same(before, model.state_dict())
 
@@ -368,6 +371,41 @@ def test_ctrl_c_on_the_command_line(small, tmp_path, monkeypatch, program):
     code, out, _ = program(train_module.main, "addition", *flags, "--resume")
     assert code == 0 and "sparse: resumed after step 2 of 5" in out
     assert "hard edges" in out
+
+
+def test_an_aborted_run_with_other_settings_leaves_the_finished_one_usable(small, tmp_path, monkeypatch, capsys):
+    first = train(small)
+    stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(small, seed=4))
+    capsys.readouterr()
+    assert train(small)["sparse_loss"] == first["sparse_loss"]
+    out = capsys.readouterr().out
+    assert out.count("reused") == 2 and "the interrupted run's last.pt is kept as last.old.pt" in out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "multiplier" in line] == [3, 6, 9, 12], "training.png needs them"
+
+
+def test_an_edited_algorithm_is_not_taken_for_a_finished_run(small, monkeypatch):
+    train(small)
+    calls = []
+    monkeypatch.setattr(train_module, "code_of", lambda *files: "edited")
+    monkeypatch.setattr(train_module, "training_step", lambda *args: calls.append(1) or training_step(*args))
+    train(small)
+    assert len(calls) == 12, "the sparse phase, and only that, must be trained again"
+
+
+def test_where_a_recipe_writes(small, tmp_path, monkeypatch, program):
+    seen = []
+    monkeypatch.setattr(train_module, "train", seen.append)
+    for argv in (["addition"], ["addition", "--dataset=sums"], ["shakespeare_char_gpu"], ["addition", "--out_dir=x"]):
+        program(train_module.main, *argv)
+    assert [(c.out_dir, c.plot_text) for c in seen] == [
+        ("out/addition", "57+68=125"),
+        ("", ""),
+        ("out/shakespeare_char_gpu", ""),
+        ("x", "57+68=125"),
+    ]
 
 
 def test_bfloat16_runs(small):
