@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-SHORT = "--pretrain_steps=3 --sparsify_steps=3 --batch_size=8 --eval_iters=1 --device=cpu"  # appended to training commands
+SHORT = "--pretrain_steps=3 --sparsify_steps=3 --batch_size=250 --eval_iters=1 --device=cpu"  # appended to training commands
 
 
 def blocks(language):
