@@ -299,7 +299,9 @@ BAD = [
 
 
 @pytest.mark.parametrize("argv, sentence", BAD, ids=[" ".join(argv) for argv, _ in BAD])
-def test_bad_input_is_one_sentence_and_exit_code_2(program, tmp_path, argv, sentence):
+def test_bad_input_is_one_sentence_and_exit_code_2(program, data_dir, tmp_path, argv, sentence):
+    if not any(word.startswith("--data_dir") for word in argv):
+        argv = [*argv, f"--data_dir={data_dir}", "--dataset=sums"]
     code, out, err = program(train_module.main, *argv, f"--out_dir={tmp_path / 'new'}")
     assert code == 2 and err.startswith("error: ") and sentence in err and len(err.splitlines()) == 1
     assert "Traceback" not in err and not (tmp_path / "new").exists()
