@@ -268,11 +268,12 @@ def train(config):
         if initial is not None:
             data.check_tokenizer(initial["tokenizer"], config.init_from)
         picture = tokens_to_draw(config, data)
+    settings = {} if problems else run_settings(config, data, initial)
     with collected(problems):
         if config.resume:
             saved = load_run(folder)
             if not problems:
-                check_settings(saved["run"], run_settings(config, data, initial), folder / "last.pt")
+                check_settings(saved["run"], settings, folder / "last.pt")
     if problems:
         raise UserError("\n".join(problems))
     make_folder(folder)
@@ -282,7 +283,7 @@ def train(config):
         set_aside(folder / "last.pt")
     torch.set_float32_matmul_precision("high")
     with signals_noted() as stop:
-        run = Run(config, data, folder, run_settings(config, data, initial), saved, stop)
+        run = Run(config, data, folder, settings, saved, stop)
         phases = {"dense": dense_phase(run, initial)}
         phases["sparse"] = sparse_phase(run, phases["dense"].model)
         if config.control:
