@@ -1,13 +1,17 @@
 """
 Gates on attention edges: which query may read which key, learned as a yes-or-no per edge.
 
-An edge is one (layer, head, query i, key j <= i). Its gate is a random number in [0, 1] that multiplies the attention
-weight of the edge after the softmax. The gate has no parameters of its own apart from one bias per head; its logit is
-the attention score itself,
+An edge is one (layer, head, query i, key j <= i). Its gate is a random number z in [0, 1] that multiplies the attention
+weight of the edge after the softmax:
 
-    log_alpha_ij = q_i . k_j / sqrt(D) + bias,          y_i = sum_j softmax(scores)_ij * z_ij * v_j,
+    y_i = sum_j softmax(scores)_ij * z_ij * v_j,        scores_ij = q_i . k_j / sqrt(D).
 
-so the model opens and closes an edge by moving the query and the key. The softmax runs over all keys and nothing is
+The gate's logit says how likely it is open. It depends on the two positions like a second, small attention score,
+
+    log_alpha_ij = gate_q_i . gate_k_j / sqrt(R) + bias,
+
+of a query and a key that only the gates use (R = 16 dimensions per head), or it is the attention score itself plus the bias,
+which adds no parameters but one per head and is how the paper has it. The softmax runs over all keys and nothing is
 renormalised afterwards: a query may end with no edge at all, and then its head writes zero.
 (Sparse Attention Post-Training for Mechanistic Interpretability, arXiv 2512.05865)
 
@@ -99,28 +103,36 @@ def causal_mask(n_queries, n_keys, device=None):
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
 
 
-def attention_pattern(q, k, bias=0.0):
-    """Softmax attention and the gates' logits, before any gate is applied.
-
-    q: (B, H, Tq, D), k: (B, H, Tk, D), bias: (H, 1, 1) or a number -> pattern, log_alpha, both (B, H, Tq, Tk), at least
-    float32. Where causality forbids an edge the pattern is zero and log_alpha hugely negative: a closed gate in every count.
-    """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, Tq, Tk)
+def causal_scores(q, k):
+    """q . k / sqrt(D) of every causal pair, (B, H, Tq, Tk), at least float32; hugely negative where causality forbids."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()  # the gates' noise needs more than 8 bits
     forbidden = ~causal_mask(q.size(-2), k.size(-2), q.device)
-    scores = scores.masked_fill(forbidden, torch.finfo(scores.dtype).min / 2)
-    return scores.softmax(dim=-1), scores + bias
+    return scores.masked_fill(forbidden, torch.finfo(scores.dtype).min / 2)
 
 
-def gated_attention(q, k, v, bias, gate, training, u=None):
+def attention_pattern(q, k, bias, gate_q=None, gate_k=None):
+    """Softmax attention and the gates' logits, before any gate is applied.
+
+    q: (B, H, Tq, D), k: (B, H, Tk, D), bias: (H,), gate_q, gate_k: (B, H, Tq or Tk, R) or None, as gated_attention takes
+    them -> pattern, log_alpha, both (B, H, Tq, Tk). Where causality forbids an edge the pattern is zero and log_alpha hugely
+    negative: a closed gate in every count.
+    """
+    scores = causal_scores(q, k)
+    seen = scores if gate_q is None else causal_scores(gate_q, gate_k)
+    return scores.softmax(dim=-1), seen + bias[:, None, None]
+
+
+def gated_attention(q, k, v, bias, gate, training, u=None, gate_q=None, gate_k=None):
     """Causal attention with a gate on every edge; the reference that any faster path must reproduce.
 
-    q, k, v: (B, H, T, D); bias: (H,), added to the scores to give the gates' logits; gate: one of GATES, an instance;
-    training: sample the gates (True) or take the deterministic ones; u: (B, H, T, T) uniforms in (0, 1) to sample with,
-    drawn if None. Returns y: (B, H, T, D) and AttentionStats. During generation q may hold only the last positions.
+    q, k, v: (B, H, T, D); bias: (H,); gate: one of GATES, an instance; training: sample the gates (True) or take the
+    deterministic ones; u: (B, H, T, T) uniforms in (0, 1) to sample with, drawn if None; gate_q, gate_k: (B, H, T, R), what
+    the gates see. The gates' logits are gate_q . gate_k / sqrt(R) + bias, or, without these, the scores q . k / sqrt(D) + bias.
+    Returns y: (B, H, T, D) and AttentionStats. During generation q and gate_q may hold only the last positions.
     """
-    pattern, log_alpha = attention_pattern(q, k, bias[:, None, None])
+    pattern, log_alpha = attention_pattern(q, k, bias, gate_q, gate_k)
     z = gate.sample(log_alpha, u) if training else gate.deterministic(log_alpha)  # (B, H, T, T)
     y = (pattern * z).to(v.dtype) @ v
     return y, attention_stats(pattern, log_alpha, gate)
@@ -129,19 +141,19 @@ def gated_attention(q, k, v, bias, gate, training, u=None):
 def attention_stats(pattern, log_alpha, gate):
     """AttentionStats of what attention_pattern returned."""
     B, H, Tq, Tk = log_alpha.shape
-    mask = causal_mask(Tq, Tk, log_alpha.device)
     n_pairs = B * Tq * (2 * Tk - Tq + 1) // 2
 
     def mean_over_pairs(x):
-        return x.masked_fill(~mask, 0).sum(dim=(0, 2, 3)) / n_pairs  # (H,)
+        return x.sum(dim=(0, 2, 3)) / n_pairs  # (H,); pairs that causality forbids are closed gates and add nothing
 
-    penalty = mean_over_pairs(edge_penalty(gate, log_alpha))
+    allowed = causal_mask(Tq, Tk, log_alpha.device)  # a penalty of yours need not vanish where a gate is closed
+    penalty = mean_over_pairs(edge_penalty(gate, log_alpha).masked_fill(~allowed, 0))
     with torch.no_grad():
-        open_edges = gate.deterministic(log_alpha) > 0
+        open_edges = gate.deterministic(log_alpha).sign()  # 1 open, 0 closed
         return AttentionStats(
             penalty=penalty,
             expected_edges=mean_over_pairs(gate.open_probability(log_alpha)),
             hard_edges=mean_over_pairs(open_edges),
-            empty_rows=1 - open_edges.any(dim=-1).float().mean(dim=(0, 2)),
+            empty_rows=1 - open_edges.amax(dim=-1).mean(dim=(0, 2)),
             mass_removed=1 - (pattern * open_edges).sum(dim=-1).mean(dim=(0, 2)),
         )

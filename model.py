@@ -1,9 +1,9 @@
 """
 A GPT, as GPT-2 and nanoGPT define it, whose attention may carry gates.
 
-With gate="none" this is plain GPT-2 on PyTorch's fused attention. With a gate, every head gets one more parameter (the
-gates' bias) and calls gates.gated_attention instead. Nothing else differs, so the weights of a dense model load into a
-gated one, which is how post-training begins.
+With gate="none" this is plain GPT-2 on PyTorch's fused attention. With a gate, every head gets a bias for its gates, with
+gate_input="low_rank" also a query and a key for them, and calls gates.gated_attention instead. Nothing else differs, so the
+weights of a dense model load into a gated one, which is how post-training begins.
 
 Shapes: B batch, T positions, C width (n_embd), H heads, D = C / H, L layers, V vocabulary.
 """
@@ -19,7 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config import UserError
-from gates import GATES, AttentionStats, attention_pattern, causal_mask, gated_attention
+from gates import GATES, AttentionStats, attention_pattern, causal_mask, causal_scores, gated_attention
+
+
+GATE_INPUTS = ("low_rank", "score")
 
 
 @dataclass
@@ -33,16 +36,20 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms, as GPT-2 has it
     gate: str = "none"  # or a name in gates.GATES
     gate_bias: float = 5.0  # where every head's gate bias starts: large enough that all edges are open
+    gate_input: str = "low_rank"  # the gates see a query and a key of their own; "score": they see the attention score
+    gate_rank: int = 16  # dimensions of that query and key, per head
 
     def __post_init__(self):
         problems = head_problems(self.n_embd, self.n_head)
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "gate_rank"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}: give at least 1")
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout is {self.dropout}: give a fraction from 0 up to, not including, 1")
         if self.gate != "none" and self.gate not in GATES:
             problems.append(f"gate is {self.gate!r}: choose one of none, {', '.join(GATES)}")
+        if self.gate_input not in GATE_INPUTS:
+            problems.append(f"gate_input is {self.gate_input!r}: choose one of {', '.join(GATE_INPUTS)}")
         if problems:
             raise UserError("\n".join(problems))
 
@@ -66,23 +73,33 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.gate = None
+        self.gate, self.gate_qk = None, None
         if config.gate != "none":
             self.gate = GATES[config.gate]()
             self.gate_bias = nn.Parameter(torch.full((config.n_head,), float(config.gate_bias)))
+            if config.gate_input == "low_rank":  # the gates' own queries and keys in one
+                self.gate_qk = nn.Linear(config.n_embd, 2 * config.n_head * config.gate_rank, bias=False)
 
     def qkv(self, x):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         return [t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)]  # (B, H, T, D) each
 
+    def gate_inputs(self, x):
+        """What the gates see: their own queries and keys, (B, H, T, R) each; None, None where they see the scores."""
+        if self.gate_qk is None:
+            return None, None
+        B, T, _ = x.shape
+        return self.gate_qk(x).view(B, T, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)
+
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x)
+        gate_q, gate_k = self.gate_inputs(x)
         if cache is not None:  # generation: x holds only new positions, the cache the keys and values of the old ones
-            k, v = cache.extend(self, k, v)
+            k, v, gate_k = cache.extend(self, k, v, gate_k)
         if self.gate is not None:  # no dropout on gated attention: the gates' noise takes its place
-            y, stats = gated_attention(q, k, v, self.gate_bias, self.gate, self.training)
+            y, stats = gated_attention(q, k, v, self.gate_bias, self.gate, self.training, gate_q=gate_q, gate_k=gate_k)
         else:
             mask = None if T == k.size(2) else causal_mask(T, k.size(2), x.device)
             dropout = self.dropout if self.training else 0.0
@@ -144,11 +161,12 @@ class KVCache:
     def __init__(self):
         self.length, self._store = 0, {}
 
-    def extend(self, layer, k, v):
+    def extend(self, layer, *new):
+        """new: (B, H, T, ...) tensors of the new positions, or None -> the same of all positions."""
         if layer in self._store:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self._store[layer], (k, v)))
-        self._store[layer] = (k, v)
-        return k, v
+            new = [t if t is None else torch.cat([old, t], dim=2) for old, t in zip(self._store[layer], new)]
+        self._store[layer] = new
+        return new
 
 
 class GPT(nn.Module):
@@ -170,6 +188,10 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name.endswith("gate_qk.weight"):  # keys of zeros: all gates start at their bias, whatever the input
+                queries, keys = p.chunk(2)
+                nn.init.normal_(queries, std=self.config.n_embd**-0.5)
+                nn.init.zeros_(keys)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith(".bias"):
@@ -213,13 +235,14 @@ class GPT(nn.Module):
         x = self.embed(idx)
         patterns, gates = [], []
         for block in self.h:
-            q, k, _ = block.attn.qkv(block.ln_1(x))
-            if block.attn.gate is None:
-                pattern, _ = attention_pattern(q, k)
+            attn, h = block.attn, block.ln_1(x)
+            q, k, _ = attn.qkv(h)
+            if attn.gate is None:
+                pattern = causal_scores(q, k).softmax(dim=-1)
                 z = causal_mask(idx.size(1), idx.size(1), idx.device).to(pattern.dtype).expand_as(pattern)
             else:
-                pattern, log_alpha = attention_pattern(q, k, block.attn.gate_bias[:, None, None])
-                z = block.attn.gate.deterministic(log_alpha)
+                pattern, log_alpha = attention_pattern(q, k, attn.gate_bias, *attn.gate_inputs(h))
+                z = attn.gate.deterministic(log_alpha)
             patterns.append(pattern)
             gates.append(z)
             x, _ = block(x)
@@ -258,8 +281,9 @@ class GPT(nn.Module):
             missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
         except (RuntimeError, TypeError, KeyError) as error:  # a wrong shape, an unknown field
             raise UserError(f"{source} does not hold a model of this version: {str(error).splitlines()[-1].strip()}")
-        missing = [name for name in missing if not name.endswith("gate_bias")]  # gates may be new
-        unexpected = [name for name in unexpected if not name.endswith("gate_bias")]  # or left out
+        if checkpoint["model_config"].get("gate") == "none":
+            missing = [name for name in missing if ".attn.gate_" not in name]  # gates may be new
+        unexpected = [name for name in unexpected if ".attn.gate_" not in name]  # or left out
         if missing or unexpected:
             raise UserError(f"{source} is not a checkpoint of this model: tensor {(missing + unexpected)[0]} does not match")
         return model.eval()

@@ -30,7 +30,17 @@ from constrained import LossBound
 from data.dataset import Dataset
 from data.tokenizer import tokenizer_of
 from gates import GATES
-from model import GPT, GPTConfig, checkpoint_of, device_problems, find_device, head_problems, load_checkpoint, save_checkpoint
+from model import (
+    GATE_INPUTS,
+    GPT,
+    GPTConfig,
+    checkpoint_of,
+    device_problems,
+    find_device,
+    head_problems,
+    load_checkpoint,
+    save_checkpoint,
+)
 from report import evaluate, progress_line, result_line, summarise, table
 from resume import (
     Interrupted,
@@ -65,6 +75,8 @@ class TrainConfig:
     bias: bool = option(True, "biases in linear layers and LayerNorms")
     # the gates and the bound
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
+    gate_input: str = option("low_rank", "what gates see: a query and a key of their own, or the score", choices=GATE_INPUTS)
+    gate_rank: int = option(16, "dimensions of that query and key, per head", at_least=1)
     gate_bias: float = option(5.0, "where the gates' biases start; 5 leaves most edges open")
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
     multiplier_max: float = option(8.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
@@ -140,8 +152,8 @@ RECIPES = {
 NO_RESULT = set(
     "data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split()
 )
-NOT_DENSE = set("gate gate_bias gate_learning_rate loss_tolerance sparsify_steps".split())
-NOT_DENSE |= {name for name in TrainConfig.__dataclass_fields__ if name.startswith("multiplier_")}
+NOT_DENSE = {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("gate", "multiplier_"))}
+NOT_DENSE |= {"loss_tolerance", "sparsify_steps"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,8 +332,10 @@ def sparse_phase(run, dense):
     config = run.config
     code = code_of("gates.py", "constrained.py", "train.py")
     settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense), "code": code}
-    model = GPT(replace(dense.config, gate=config.gate, gate_bias=config.gate_bias))
-    model.load_state_dict(dense.state_dict(), strict=False)  # all but the gates' biases
+    torch.manual_seed(config.seed)
+    gated = {name: getattr(config, name) for name in ("gate", "gate_input", "gate_rank", "gate_bias")}
+    model = GPT(replace(dense.config, **gated))
+    model.load_state_dict(dense.state_dict(), strict=False)  # all but what belongs to the gates
     return train_or_reuse(run, "sparse", settings, model, config.sparsify_steps, 0.0, dense)
 
 

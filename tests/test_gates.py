@@ -92,13 +92,28 @@ def test_no_position_sees_a_later_one(gate):
 
 
 @BOTH
-def test_last_queries_alone_give_the_same_rows(gate):
+@pytest.mark.parametrize("own_input", [False, True])
+def test_last_queries_alone_give_the_same_rows(gate, own_input):
     """Generation asks for the newest rows only."""
     q, k, v = qkv()
+    gate_q, gate_k, _ = qkv(D=2) if own_input else (None, None, None)
+    last_gate_q = gate_q[:, :, 3:] if own_input else None
     bias = torch.zeros(3)
-    whole, _ = gated_attention(q, k, v, bias, gate, False)
-    rows, _ = gated_attention(q[:, :, 3:], k, v, bias, gate, False)
+    whole, _ = gated_attention(q, k, v, bias, gate, False, gate_q=gate_q, gate_k=gate_k)
+    rows, _ = gated_attention(q[:, :, 3:], k, v, bias, gate, False, gate_q=last_gate_q, gate_k=gate_k)
     assert torch.allclose(rows, whole[:, :, 3:], atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_gates_that_see_the_query_and_key_are_gates_that_see_the_score(gate, training):
+    q, k, v = qkv()
+    u, bias = torch.rand(2, 3, 5, 5), torch.tensor([0.5, -0.5, 0.0])
+    y, stats = gated_attention(q, k, v, bias, gate, training, u)
+    same_y, same_stats = gated_attention(q, k, v, bias, gate, training, u, gate_q=q, gate_k=k)
+    assert torch.equal(y, same_y) and all(map(torch.equal, stats, same_stats))
+    other_y, _ = gated_attention(q, k, v, bias, gate, training, u, gate_q=-q, gate_k=k)
+    assert not torch.allclose(y, other_y)
 
 
 def away_from_kinks(u, log_alpha, gate):
@@ -109,20 +124,22 @@ def away_from_kinks(u, log_alpha, gate):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_hard_concrete_gradients_are_those_of_finite_differences(training):
+@pytest.mark.parametrize("own_input", [False, True])
+def test_hard_concrete_gradients_are_those_of_finite_differences(training, own_input):
     gate = HardConcrete()
     q, k, v = qkv(1, 2, 4, 3, torch.float64)
+    gate_q, gate_k, _ = qkv(1, 2, 4, 3, torch.float64)
     bias = torch.tensor([0.3, -0.5], dtype=torch.float64)
     u = torch.rand(1, 2, 4, 4, dtype=torch.float64)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(3)
+    scores = (gate_q @ gate_k.transpose(-2, -1) if own_input else q @ k.transpose(-2, -1)) / math.sqrt(3)
     assert away_from_kinks(u, scores + bias[:, None, None], gate), "choose another seed: a gate sits on its kink"
 
-    def scalar(q, k, v, bias):
-        y, stats = gated_attention(q, k, v, bias, gate, training, u)
+    def scalar(q, k, v, bias, gate_q=None, gate_k=None):
+        y, stats = gated_attention(q, k, v, bias, gate, training, u, gate_q, gate_k)
         return (y * weights).sum() + stats.penalty.sum()
 
     weights = torch.randn(1, 2, 4, 3, dtype=torch.float64)
-    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
+    inputs = [t.requires_grad_() for t in (q, k, v, bias) + ((gate_q, gate_k) if own_input else ())]
     assert torch.autograd.gradcheck(scalar, inputs, eps=1e-6, atol=1e-6)
 
 

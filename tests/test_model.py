@@ -42,7 +42,8 @@ def numpy_forward(model, tokens):
     D = C // H
     x = w["wte.weight"][tokens] + w["wpe.weight"][:T]
     for layer in range(model.config.n_layer):
-        qkv = linear(layer_norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn")
+        normed = layer_norm(x, f"h.{layer}.ln_1")
+        qkv = linear(normed, f"h.{layer}.attn.c_attn")
         heads = []
         for h in range(H):
             q, k, v = (qkv[:, part * C + h * D : part * C + (h + 1) * D] for part in range(3))
@@ -52,7 +53,12 @@ def numpy_forward(model, tokens):
                 p = np.exp(scores[i, : i + 1] - scores[i, : i + 1].max())
                 p /= p.sum()
                 if f"h.{layer}.attn.gate_bias" in w:  # hard concrete, deterministic
-                    log_alpha = scores[i, : i + 1] + w[f"h.{layer}.attn.gate_bias"][h]
+                    seen = scores[i, : i + 1]
+                    if f"h.{layer}.attn.gate_qk.weight" in w:
+                        R = model.config.gate_rank
+                        wq, wk = w[f"h.{layer}.attn.gate_qk.weight"].reshape(2, H, R, C)[:, h]
+                        seen = (normed[i] @ wq.T) @ (normed[: i + 1] @ wk.T).T / math.sqrt(R)
+                    log_alpha = seen + w[f"h.{layer}.attn.gate_bias"][h]
                     p = p * np.clip(1.2 / (1 + np.exp(-log_alpha)) - 0.1, 0, 1)
                 out[i] = p @ v[: i + 1]
             heads.append(out)
@@ -61,9 +67,9 @@ def numpy_forward(model, tokens):
     return layer_norm(x, "ln_f") @ w["wte.weight"].T
 
 
-@pytest.mark.parametrize("gate", ["none", "hard_concrete"])
-def test_logits_and_loss_equal_an_independent_numpy_forward_pass(gate):
-    model = tiny(gate=gate).double()
+@pytest.mark.parametrize("gate, seen", [("none", "score"), ("hard_concrete", "score"), ("hard_concrete", "low_rank")])
+def test_logits_and_loss_equal_an_independent_numpy_forward_pass(gate, seen):
+    model = tiny(gate=gate, gate_input=seen, gate_rank=3).double()
     tokens, targets = np.array([3, 1, 12, 0, 7, 7]), np.array([-1, 12, 0, -1, 7, 2])
     logits, loss = model(torch.tensor(tokens)[None], torch.tensor(targets)[None])
     expected = numpy_forward(model, tokens)
@@ -75,9 +81,10 @@ def test_logits_and_loss_equal_an_independent_numpy_forward_pass(gate):
     assert none is None and last.shape == (1, 1, 13) and torch.allclose(last[0, 0], logits[0, -1])
 
 
-def test_gates_can_close_in_the_numpy_comparison():
+@pytest.mark.parametrize("seen", ["score", "low_rank"])
+def test_gates_can_close_in_the_numpy_comparison(seen):
     """Otherwise the comparison above would say nothing about them."""
-    edges = tiny(gate="hard_concrete").attention(torch.tensor([[3, 1, 12, 0, 7, 7]])).edges
+    edges = tiny(gate="hard_concrete", gate_input=seen, gate_rank=3).attention(torch.tensor([[3, 1, 12, 0, 7, 7]])).edges
     causal = torch.ones(6, 6).tril().bool()
     assert 0 < edges[..., causal].float().mean() < 1
 
@@ -98,12 +105,16 @@ def test_training_samples_the_gates_and_evaluation_does_not():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-def test_dense_weights_load_into_a_wide_open_gated_model_that_computes_the_same():
+@pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli"])
+@pytest.mark.parametrize("seen", [dict(gate_input="score", gate_bias=50.0), dict(gate_input="low_rank")])
+def test_dense_weights_load_into_a_gated_model_that_starts_as_the_dense_one(gate, seen):
+    """With a query and a key of the gates' own at their default bias; where they see the score, if the bias is large enough."""
     dense = tiny()
-    gated = GPT(GPTConfig(**TINY, gate="hard_concrete", gate_bias=50.0)).eval()
+    gated = GPT(GPTConfig(**TINY, gate=gate, **seen)).eval()
     gated.load_state_dict(dense.state_dict(), strict=False)
     idx = torch.randint(13, (3, 8))
     assert torch.allclose(dense(idx)[0], gated(idx)[0], atol=1e-5)
+    assert gated.attention(idx).edges.sum() == 2 * 3 * 2 * 36  # layers, batch, heads, causal pairs: all open
 
 
 def test_attention_record():

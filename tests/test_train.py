@@ -16,7 +16,7 @@ from config import UserError
 from constrained import LossBound
 from data.prepare import prepare_text
 from gates import GATES
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GATE_INPUTS, GPT, GPTConfig, load_checkpoint, save_checkpoint
 from report import evaluate
 from tests.conftest import ROOT
 from train import RECIPES, TrainConfig, learning_rate_at, make_optimizer, train, training_step
@@ -92,8 +92,8 @@ def test_evaluation_agrees_with_a_plain_loop_over_greedy_answers(data_dir):
     torch.manual_seed(4)
     model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=1, n_head=2, n_embd=8, gate="hard_concrete", gate_bias=-2.0))
     with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(20)
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p)) if "gate_qk" in name else p.mul_(20)
     examples = torch.from_numpy(data.tokens["val"].astype("int64")).view(-1, 6)
     answers = model.generate(examples[:, :4], 2, temperature=0)[:, 4:]
     result = evaluate(model, data, batch_size=7)
@@ -103,17 +103,27 @@ def test_evaluation_agrees_with_a_plain_loop_over_greedy_answers(data_dir):
     loss = -log_p[:, 3:].gather(-1, examples[:, 4:, None]).mean().item()
     assert result["loss"] == pytest.approx(loss, rel=1e-5)
     edges = model.attention(examples[:, :-1]).edges.sum().item() / (100 * 2 * 15)
-    assert result["edges_hard"] == pytest.approx(edges)
+    assert result["edges_hard"] == pytest.approx(edges) and 0 < edges < 1
 
 
+@pytest.mark.parametrize("seen", GATE_INPUTS)
 @pytest.mark.parametrize("gate", sorted(GATES))
-def test_thirty_steps_close_edges(small, gate):
-    model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=2, n_head=2, n_embd=16, gate=gate, gate_bias=1.0))
+def test_thirty_steps_close_edges(small, gate, seen):
+    gated = dict(gate=gate, gate_input=seen, gate_bias=1.0)
+    model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=2, n_head=2, n_embd=16, **gated))
     data = train_module.Dataset("sums", 5, small.data_dir)
     before = evaluate(model, data, 32)  # the scores of a new model are near zero: only the bias counts
-    after = train(replace(small, gate=gate, gate_bias=1.0, pretrain_steps=1, sparsify_steps=30, loss_tolerance=10.0))
+    after = train(replace(small, **gated, pretrain_steps=1, sparsify_steps=30, loss_tolerance=10.0))
     assert before["edges_hard"] > 0.9 and after["edges_hard"] < 0.8
     assert after["edges_expected"] < before["edges_expected"] - 0.1
+
+
+def test_the_sparse_phase_is_the_same_from_the_dense_checkpoint(small, tmp_path):
+    """The gates' own weights start at random, from the seed alone."""
+    train(small)
+    train(replace(small, init_from=f"{small.out_dir}/dense.pt", out_dir=str(tmp_path / "again")))
+    first, again = weights(f"{small.out_dir}/sparse.pt"), weights(tmp_path / "again/sparse.pt")
+    assert same(first, again)
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +244,8 @@ def test_learning_rates():
     assert learning_rate_at(50, 100, config) == pytest.approx(0.55)
     assert learning_rate_at(100, 100, config) == pytest.approx(0.1)
     model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=1, n_head=2, n_embd=8, gate="bernoulli"))
-    groups = make_optimizer(model, SMALL, 0.1).param_groups
-    assert [(len(g["params"]), g["weight_decay"], g["lr_ratio"]) for g in groups] == [(6, 0.1, 1), (10, 0, 1), (1, 0, 10)]
+    groups = make_optimizer(model, replace(SMALL, learning_rate=1.0, gate_learning_rate=10.0), 0.1).param_groups
+    assert [(len(g["params"]), g["weight_decay"], g["lr_ratio"]) for g in groups] == [(7, 0.1, 1), (10, 0, 1), (1, 0, 10)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(small, tmp_path, monkeypatch):
