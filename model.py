@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from config import UserError
 from gates import GATES, AttentionStats, attention_pattern, causal_mask, causal_scores, gated_attention
 
-
 GATE_INPUTS = ("low_rank", "score")
 
 

@@ -166,3 +166,29 @@ def training_figure(lines):
     top.legend(frameon=False, fontsize=9)
     bottom.legend(frameon=False, fontsize=9)
     return figure
+
+
+def comparison_figure(curves, finals):
+    """Variants of the method against each other, one column per dataset.
+
+    curves: {dataset: {variant: (steps, hard edges as fractions)}}, drawn above, while training;
+    finals: {dataset: {variant: [(hard edges as a fraction, whether the loss ended within its bound), one per seed]}}, below.
+    """
+    rows = max(map(len, finals.values()))
+    figure, axes = plt.subplots(
+        2, len(finals), figsize=(12, 3.2 + 0.24 * rows), height_ratios=[2.6, 0.24 * rows], squeeze=False, layout="constrained"
+    )
+    for (above, below), dataset in zip(axes.T, finals):
+        for colour, (variant, (steps, edges)) in zip(HEAD_COLOURS, curves.get(dataset, {}).items()):
+            above.plot(steps, edges, color=colour, label=variant, lw=1.2)
+        above.set(title=dataset, yscale="log", ylabel="hard edges (fraction)", xlabel="step")
+        above.legend(frameon=False, fontsize=8)
+        for row, results in enumerate(finals[dataset].values()):
+            for edges, within in results:
+                below.plot(edges, row, "o", ms=6, color="#0072B2", mfc="#0072B2" if within else "none")
+        below.set(xscale="log", xlabel="hard edges at the end (fraction); hollow: the loss ended over its bound")
+        below.set_yticks(range(len(finals[dataset])), finals[dataset], fontsize=8)
+        below.invert_yaxis()
+        for axis in (above, below):
+            axis.grid(alpha=0.3, which="both")
+    return figure

@@ -1,0 +1,432 @@
+"""
+The study behind the defaults: which gate, which price of an edge, which multiplier; and what simpler methods reach.
+
+    python results/study.py                        train all variants that have no result yet, one after the other
+    python results/study.py --lanes=2              two at a time, each with one thread
+    python results/study.py --only=price,gates     these tables and variants only
+    python results/study.py --tables               print the tables of what is there, and draw results/gates.png
+
+A variant is one edit of the method: fields of TrainConfig, and a function that puts something else in one place of the
+project's modules. All variants post-train the same dense models, `out/addition/dense.pt` and `out/shakespeare_char/dense.pt`,
+with the same data, for the same number of steps.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script, this file sees the project, too
+
+import torch
+import torch.nn.functional as F
+
+import config as command_line
+import constrained
+import gates
+import model
+import plots
+from config import UserError, option
+from resume import read_log
+
+# What every variant starts from: the CPU recipes with 2,500 sparse steps, spelled out so that a changed recipe does not
+# change the study.
+BASE = dict(
+    gate="hard_concrete",
+    gate_input="low_rank",
+    gate_rank=16,
+    gate_bias=5.0,
+    loss_tolerance=0.01,
+    multiplier_max=2.0,
+    multiplier_rate=0.02,
+    sparsify_steps=2500,
+    control=False,
+    plot_text="",
+)
+DATASETS = {
+    "addition": dict(batch_size=128, learning_rate=6e-3, gate_learning_rate=6e-2, min_lr=3e-4, multiplier_scale=0.01),
+    "shakespeare_char": dict(batch_size=24, learning_rate=3e-3, gate_learning_rate=3e-2, min_lr=1.5e-4, multiplier_scale=0.05),
+}
+SEEDS = (1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The edits
+
+
+def stretched(beta, gamma, zeta):
+    """A hard-concrete gate of another temperature and stretch."""
+    gates.GATES["hard_concrete"] = partial(gates.HardConcrete, beta, gamma, zeta)
+
+
+def threshold(t):
+    """Deterministic gates below t count as closed, and are."""
+
+    class HardConcrete(gates.HardConcrete):
+        def deterministic(self, log_alpha):
+            z = super().deterministic(log_alpha)
+            return z * (z > t)
+
+    gates.GATES["hard_concrete"] = HardConcrete
+
+
+def priced(penalty):
+    """Another edge_penalty(gate, log_alpha)."""
+    gates.edge_penalty = penalty
+
+
+def multiplier(start=None, decay=0.9, proportional=0.0):
+    """A multiplier that starts elsewhere, averages longer, or gets a proportional term: the price that the weights see is
+    multiplier * exp(proportional * violation / scale), the violation clipped to one scale, the price to the clamp."""
+    import train
+
+    class Bound(constrained.LossBound):
+        def __init__(self, bound, **settings):
+            super().__init__(bound, **{**settings, "decay": decay})
+            if start is not None:
+                self.log_multiplier = math.log(start)
+
+        @property
+        def multiplier(self):
+            violation = 0 if self.average is None else (self.average - self.bound) / self.scale
+            log = self.log_multiplier + proportional * min(max(violation, -1), 1)
+            return math.exp(min(max(log, self.log_min), self.log_max))
+
+    train.LossBound = Bound
+
+
+def loss_only():
+    """No bound and no price: train for the loss alone."""
+    import train
+
+    class LossOnly(constrained.LossBound):
+        def lagrangian(self, cost, loss):
+            return loss
+
+    train.LossBound = LossOnly
+
+
+def trains(wanted):
+    """Only parameters whose name contains one of these words train."""
+    import train
+
+    make_optimizer = train.make_optimizer
+
+    def freeze(net, config, weight_decay):
+        for name, p in net.named_parameters():
+            p.requires_grad_(any(word in name for word in wanted))
+        return make_optimizer(net, config, weight_decay)
+
+    train.make_optimizer = freeze
+
+
+def stable():
+    """A learning rate that stays at its height for 70 % of the steps and falls to min_lr in the others."""
+    import train
+
+    def learning_rate_at(step, steps, config):
+        warmup = min(1.0, (step + 1) / (config.warmup_iters + 1))
+        falling = min(1.0, (1 - step / steps) / 0.3)
+        return warmup * (config.min_lr + falling * (config.learning_rate - config.min_lr))
+
+    train.learning_rate_at = learning_rate_at
+
+
+class Masked(model.Attention):
+    """No learned gates: attention keeps the edges that `edges(pattern)` marks; everything else is as in the project."""
+
+    softmax_over_edges = False
+
+    def forward(self, x, cache=None):
+        if self.gate is None:
+            return super().forward(x, cache)
+        B, T, C = x.shape
+        q, k, v = self.qkv(x)
+        scores = gates.causal_scores(q, k)
+        pattern = scores.softmax(dim=-1)
+        with torch.no_grad():
+            edges = self.edges(pattern) & gates.causal_mask(T, T, x.device)
+        if self.softmax_over_edges:
+            pattern = scores.masked_fill(~edges, torch.finfo(scores.dtype).min / 2).softmax(dim=-1)
+        y = ((pattern * edges).to(v.dtype) @ v).transpose(1, 2).reshape(B, T, C)
+        counted = torch.full_like(pattern, -20.0).masked_fill(edges, 20.0)
+        return self.c_proj(y), gates.attention_stats(pattern, counted, self.gate)
+
+
+def largest_weights(fraction):
+    """This fraction of the causal pairs of every head and layer, those of largest attention weight in the sequence."""
+
+    class Attention(Masked):
+        def edges(self, pattern):
+            flat, T = pattern.flatten(2), pattern.size(-1)
+            k = math.ceil(fraction * T * (T + 1) / 2)
+            return torch.zeros_like(flat, dtype=torch.bool).scatter_(2, flat.topk(k).indices, True).view_as(pattern)
+
+    model.Attention = Attention
+    loss_only()
+
+
+def window(width):
+    """Head 0 of layer 0 reads the last `width` positions before its own, with a softmax over these; no other head reads."""
+    created = iter(range(10**9))
+
+    class Attention(Masked):
+        softmax_over_edges = True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.reads = next(created) % config.n_layer == 0
+
+        def edges(self, pattern):
+            back = torch.ones_like(pattern, dtype=torch.bool).triu(-width).tril(-1)
+            return back & (torch.arange(pattern.size(1)) == 0)[:, None, None] & self.reads
+
+    model.Attention = Attention
+    loss_only()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The variants
+
+
+@dataclass
+class Variant:
+    text: str
+    edit: object = None  # called before the run with nothing, puts something else into the project's modules
+    fields: dict = None  # of TrainConfig
+    datasets: tuple = tuple(DATASETS)
+    seeds: tuple = (1, 2)
+    learning_rates: float = 1.0  # times the dataset's
+    of: str = ""  # not trained, only evaluated: the weights of this variant, or of "dense"
+
+
+def softplus_price(factor):
+    return lambda gate, log_alpha: gate.open_probability(log_alpha) + factor * F.softplus(log_alpha)
+
+
+VARIANTS = {
+    "reference": Variant("the reference"),
+    # what distribution
+    "above25": Variant("the same weights, gates below 0.25 closed", partial(threshold, 0.25), of="reference"),
+    "above50": Variant("the same weights, gates below 0.5 closed", partial(threshold, 0.5), of="reference"),
+    "wide": Variant("hard concrete, stretched to (-0.5, 1.5)", partial(stretched, 2 / 3, -0.5, 1.5)),
+    "wider": Variant("hard concrete, stretched to (-1, 2)", partial(stretched, 2 / 3, -1.0, 2.0)),
+    "cold": Variant("hard concrete, temperature 1/3", partial(stretched, 1 / 3, -0.1, 1.1)),
+    "bernoulli": Variant("Bernoulli, straight-through", fields=dict(gate="bernoulli")),
+    # what the gate sees
+    "score": Variant("the attention score", fields=dict(gate_input="score")),
+    "rank4": Variant("own query and key of 4 dimensions", fields=dict(gate_rank=4)),
+    # what an edge costs
+    "expected": Variant("P", partial(priced, softplus_price(0))),
+    "softplus03": Variant("P + 0.3 softplus", partial(priced, softplus_price(0.3))),
+    "softplus": Variant("softplus", partial(priced, lambda gate, log_alpha: F.softplus(log_alpha))),
+    # how the multiplier moves
+    "cap1": Variant("at most 1", fields=dict(multiplier_max=1.0)),
+    "cap4": Variant("at most 4", fields=dict(multiplier_max=4.0)),
+    "cap8": Variant("at most 8", fields=dict(multiplier_max=8.0)),
+    "start01": Variant("starts at 0.1", partial(multiplier, start=0.1)),
+    "rate3": Variant("moves 3 times as fast", fields=dict(multiplier_rate=0.06)),
+    "slow": Variant("averages the loss over 100 steps", partial(multiplier, decay=0.99)),
+    "proportional": Variant("with a proportional term", partial(multiplier, proportional=1.0)),
+    "tolerance03": Variant("tolerance 0.03", fields=dict(loss_tolerance=0.03)),
+    # which weights, how fast, how long
+    "attention": Variant("attention and gates train, nothing else", partial(trains, ["attn"])),
+    "gates": Variant("only the gates train", partial(trains, ["gate"])),
+    "lr_half": Variant("half the learning rates", learning_rates=0.5),
+    "lr_double": Variant("twice the learning rates", learning_rates=2.0),
+    "steps2": Variant("5,000 steps", fields=dict(sparsify_steps=5000)),
+    "steps4": Variant("10,000 steps", fields=dict(sparsify_steps=10_000)),
+    # simpler ways to as few edges
+    "top": Variant("largest weights of each head, not trained", partial(largest_weights, 0.0075), of="dense", seeds=(1,)),
+    "top_trained": Variant("largest weights of each head, trained", partial(largest_weights, 0.0075)),
+    "window": Variant("sliding window, trained", partial(window, 4), datasets=("shakespeare_char",)),
+}
+TABLES = {
+    "distribution": ["reference", "above25", "above50", "wide", "wider", "cold", "bernoulli"],
+    "input": ["reference", "rank4", "score"],
+    "price": ["reference", "softplus03", "expected", "softplus"],
+    "multiplier": ["cap1", "reference", "cap4", "cap8", "start01", "rate3", "slow", "proportional", "tolerance03"],
+    "training": ["attention", "gates", "lr_half", "reference", "lr_double", "steps2", "steps4"],
+    "baselines": ["reference", "top", "top_trained", "window"],
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running them
+
+
+def folder_of(dataset, name, seed):
+    return ROOT / "out" / "study" / dataset / name / f"seed{seed}"
+
+
+def config_of(dataset, name, seed):
+    import train
+
+    folder = folder_of(dataset, name, seed)
+    fields = {**BASE, **DATASETS[dataset], **(VARIANTS[name].fields or {})}
+    for rate in ("learning_rate", "gate_learning_rate", "min_lr"):
+        fields[rate] *= VARIANTS[name].learning_rates
+    return replace(
+        train.RECIPES[dataset],
+        **fields,
+        seed=seed,
+        init_from=str(ROOT / "out" / dataset / "dense.pt"),
+        data_dir=str(ROOT / "data"),
+        out_dir=str(folder),
+        resume=(folder / "last.pt").is_file(),
+    )
+
+
+def run_one(dataset, name, seed):
+    """One run, in this process: nothing of the edit outlives it."""
+    variant = VARIANTS[name]
+    if variant.edit is not None:
+        variant.edit()
+    import train
+
+    config = config_of(dataset, name, int(seed))
+    if variant.of:
+        evaluate_only(config, variant.of, int(seed))
+    else:
+        train.train(config)
+
+
+def evaluate_only(config, of, seed):
+    """Give the weights of the dense model, or of a variant's sparse one, this variant's attention, and write a summary."""
+    from data.dataset import Dataset
+    from report import evaluate
+
+    path = config.init_from if of == "dense" else folder_of(config.dataset, of, seed) / "sparse.pt"
+    data = Dataset(config.dataset, config.block_size, config.data_dir, "cpu")
+    result = evaluate(model.GPT.from_pretrained(path, gate=config.gate), data, config.batch_size)
+    summary = {"edges_hard": result["edges_hard"], "sparse_loss": result["loss"], "seconds": {"sparse": 0}}
+    if "accuracy" in result:
+        summary["sparse_accuracy"] = result["accuracy"]
+    (Path(config.out_dir) / "summary.json").write_text(json.dumps(summary))
+
+
+def train_all(wanted, datasets, seeds, lanes):
+    """Every wanted run without a summary.json, in processes of their own."""
+    waiting = [
+        (dataset, name, seed)
+        for seed in seeds
+        for dataset in datasets
+        for name in wanted
+        for variant in [VARIANTS[name]]
+        if seed in variant.seeds
+        and dataset in variant.datasets
+        and not (folder_of(dataset, name, seed) / "summary.json").is_file()
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"} if lanes > 1 else dict(os.environ)
+    running = {}
+    while waiting or running:
+        while waiting and len(running) < lanes:
+            job = waiting.pop(0)
+            folder_of(*job).mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, __file__, "--run", *map(str, job)]
+            print(time.strftime("%H:%M"), *job, f"({len(waiting)} waiting)", flush=True)
+            with open(folder_of(*job) / "output.txt", "a") as output:
+                running[subprocess.Popen(command, env=environment, stdout=output, stderr=output)] = job
+        time.sleep(1)
+        for process in [p for p in running if p.poll() is not None]:
+            job = running.pop(process)
+            if process.returncode:
+                raise UserError(f"{' '.join(map(str, job))} stopped: see {folder_of(*job) / 'output.txt'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables and the picture
+
+COLUMNS = {
+    "hard edges, %": lambda run: f"{100 * run['edges_hard']:.2f}",
+    "loss": lambda run: f"{run['sparse_loss']:.4f}",
+    "accuracy, %": lambda run: f"{100 * run['sparse_accuracy']:.2f}" if "sparse_accuracy" in run else "",
+    "training loss - bound": lambda run: f"{run['excess']:+.4f}" if run["lines"] else "",
+    "steps at the largest price": lambda run: str(run["at_cap"]) if run["lines"] else "",
+    "seconds": lambda run: str(run["seconds"]["sparse"]) if run["lines"] else "",
+}
+
+
+def runs_of(dataset, name):
+    """The finished runs of one variant, one per seed: summary.json, and what log.jsonl says of the multiplier."""
+    runs = []
+    for seed in VARIANTS[name].seeds:
+        folder = folder_of(dataset, name, seed)
+        if not (folder / "summary.json").is_file():
+            continue
+        run = json.loads((folder / "summary.json").read_text())
+        log = read_log(folder / "log.jsonl") if not VARIANTS[name].of else []
+        run["lines"] = [line for line in log if line["phase"] == "sparse" and "multiplier" in line]
+        if run["lines"]:
+            last = run["lines"][-5:]
+            run["excess"] = sum(line["loss"] - line["bound"] for line in last) / len(last)
+            largest = run["config"]["multiplier_max"]
+            run["at_cap"] = max((line["step"] for line in run["lines"] if line["multiplier"] > 0.99 * largest), default=0)
+        runs.append(run)
+    return runs
+
+
+def print_tables(wanted):
+    for dataset in DATASETS:
+        for table in wanted:
+            rows = {name: runs_of(dataset, name) for name in TABLES[table]}
+            print(f"\n**{table}, {dataset}**\n\n| variant | name | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
+            for name, runs in rows.items():
+                cells = [" / ".join(cell(run) for run in runs) for cell in COLUMNS.values()]
+                if runs:
+                    print(f"| {VARIANTS[name].text} | `{name}` | {' | '.join(cells)} |")
+
+
+def draw(path):
+    """The picture of results/gates.md: edges while training at different largest prices, and where all variants end."""
+    curves, finals = {}, {}
+    for dataset in DATASETS:
+        runs = {name: runs_of(dataset, name) for name in VARIANTS}
+        curves[dataset] = {
+            f"{name}, seed {SEEDS[0]}": tuple(zip(*((line["step"], line["hard_edges"]) for line in runs[name][0]["lines"])))
+            for name in ("cap8", "cap4", "reference", "cap1", "score", "bernoulli")
+            if runs[name]
+        }
+        bound = runs["reference"][0]["dense_loss"] + 0.01
+        finals[dataset] = {
+            f"{VARIANTS[name].text} ({name})": [(run["edges_hard"], run["sparse_loss"] <= bound) for run in runs[name]]
+            for name in VARIANTS
+            if runs[name]
+        }
+    print("\n" + str(plots.save(plots.comparison_figure(curves, finals), path)))
+
+
+@dataclass
+class StudyConfig:
+    lanes: int = option(1, "runs at a time; with more than one, each gets one thread", at_least=1)
+    only: str = option("", "tables or variants, separated by commas; empty: all")
+    dataset: str = option(",".join(DATASETS), "these datasets, separated by commas")
+    seeds: str = option("1,2", "of the sparse phase")
+    tables: bool = option(False, "train nothing, print the tables and draw the picture")
+
+
+def main(argv):
+    if argv[:1] == ["--run"]:
+        return run_one(*argv[1:])
+    config = command_line.parse(StudyConfig(), argv)
+    words = config.only.split(",") if config.only else list(TABLES)
+    wanted = []
+    for word in words:
+        if word not in TABLES and word not in VARIANTS:
+            raise UserError(f"--only names {word!r}: give some of {', '.join([*TABLES, *VARIANTS])}")
+        wanted += [name for name in TABLES.get(word, [word]) if name not in wanted]
+    if config.tables:
+        print_tables([word for word in words if word in TABLES])
+        draw(ROOT / "results" / "gates.png")
+    else:
+        train_all(wanted, config.dataset.split(","), [int(s) for s in config.seeds.split(",")], config.lanes)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
