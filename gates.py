@@ -20,6 +20,7 @@ A gate of your own is a class with the three methods of HardConcrete, added to G
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,11 @@ class HardConcrete:
     positive probability, and a gradient in between. (Louizos, Welling, Kingma 2018, arXiv 1712.01312, section 2.2)
 
     All methods work elementwise on log_alpha, a float tensor of any shape, and return a tensor of that shape.
+    cutoff is ours: while evaluating, a gate no larger than that counts as closed, and is.
     """
 
-    def __init__(self, beta=2 / 3, gamma=-0.1, zeta=1.1):
-        self.beta, self.gamma, self.zeta = beta, gamma, zeta
+    def __init__(self, beta=2 / 3, gamma=-0.1, zeta=1.1, cutoff=0.0):
+        self.beta, self.gamma, self.zeta, self.cutoff = beta, gamma, zeta, cutoff
 
     def _stretch(self, s):
         return F.hardtanh(s * (self.zeta - self.gamma) + self.gamma, 0, 1)  # clamp, with a cheaper backward pass
@@ -46,7 +48,8 @@ class HardConcrete:
 
     def deterministic(self, log_alpha):
         """The gate while evaluating: no noise and no temperature. The edge is open where it is above zero."""
-        return self._stretch(torch.sigmoid(log_alpha))
+        z = self._stretch(torch.sigmoid(log_alpha))
+        return z * (z > self.cutoff)
 
     def open_probability(self, log_alpha):
         """P(z != 0) = sigmoid(log_alpha - beta * log(-gamma / zeta)); summed over edges, their expected number."""
@@ -74,7 +77,8 @@ class Bernoulli:
         return torch.sigmoid(log_alpha)
 
 
-GATES = {"hard_concrete": HardConcrete, "bernoulli": Bernoulli}
+# With a cutoff of 1/2 both call an edge open where log_alpha > 0 (results/gates.md compares them).
+GATES = {"hard_concrete": partial(HardConcrete, cutoff=0.5), "bernoulli": Bernoulli}
 
 
 def edge_penalty(gate, log_alpha):

@@ -171,24 +171,31 @@ def training_figure(lines):
 def comparison_figure(curves, finals):
     """Variants of the method against each other, one column per dataset.
 
-    curves: {dataset: {variant: (steps, hard edges as fractions)}}, drawn above, while training;
-    finals: {dataset: {variant: [(hard edges as a fraction, whether the loss ended within its bound), one per seed]}}, below.
+    curves: {dataset: {variant: (steps, hard edges in percent)}}, drawn above, while training;
+    finals: {dataset: {variant: [(hard edges in percent, whether the loss ended within its bound), one per seed]}}, below.
     """
     rows = max(map(len, finals.values()))
     figure, axes = plt.subplots(
-        2, len(finals), figsize=(12, 3.2 + 0.24 * rows), height_ratios=[2.6, 0.24 * rows], squeeze=False, layout="constrained"
+        2, len(finals), figsize=(10, 3.2 + 0.2 * rows), height_ratios=[2.6, 0.2 * rows], squeeze=False, layout="constrained"
     )
+    colours = {variant: HEAD_COLOURS[i] for i, variant in enumerate(dict.fromkeys(v for c in curves.values() for v in c))}
     for (above, below), dataset in zip(axes.T, finals):
-        for colour, (variant, (steps, edges)) in zip(HEAD_COLOURS, curves.get(dataset, {}).items()):
-            above.plot(steps, edges, color=colour, label=variant, lw=1.2)
-        above.set(title=dataset, yscale="log", ylabel="hard edges (fraction)", xlabel="step")
+        for variant, (steps, edges) in curves[dataset].items():
+            above.plot(steps, edges, color=colours[variant], label=variant, lw=1.2)
+        above.set(title=dataset, yscale="log", ylabel="hard edges, %", xlabel="step")
         above.legend(frameon=False, fontsize=8)
         for row, results in enumerate(finals[dataset].values()):
             for edges, within in results:
                 below.plot(edges, row, "o", ms=6, color="#0072B2", mfc="#0072B2" if within else "none")
-        below.set(xscale="log", xlabel="hard edges at the end (fraction); hollow: the loss ended over its bound")
-        below.set_yticks(range(len(finals[dataset])), finals[dataset], fontsize=8)
-        below.invert_yaxis()
+        below.set(xlabel="hard edges at the end, %", ylim=(len(finals[dataset]) - 0.5, -0.5))
+        below.set_yticks(range(len(finals[dataset])), finals[dataset], fontsize=8, family="monospace")
         for axis in (above, below):
-            axis.grid(alpha=0.3, which="both")
+            axis.grid(alpha=0.3)
+        below.set_xscale("log")
+        for axis in (above.yaxis, below.xaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(lambda x, _: f"{x:.3g}" if f"{x:e}"[0] in "235" else "")  # 0.2, 0.3, 0.5, ...
+    style = dict(ls="", marker="o", color="#0072B2")
+    handles = [Line2D([], [], **style), Line2D([], [], mfc="none", **style)]
+    figure.legend(handles, ["loss within the bound", "over it"], loc="outside lower right", ncols=2, frameon=False, fontsize=8)
     return figure

@@ -79,7 +79,7 @@ class TrainConfig:
     gate_rank: int = option(16, "dimensions of that query and key, per head", at_least=1)
     gate_bias: float = option(5.0, "where the gates' biases start; 5 leaves most edges open")
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
-    multiplier_max: float = option(8.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
+    multiplier_max: float = option(2.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
     multiplier_rate: float = option(0.02, "how far log(multiplier) moves per step at most", above=0)
     multiplier_scale: float = option(0.05, "violation of the bound that moves it that far, nats", above=0)
     # optimisation; the schedule runs anew in every phase

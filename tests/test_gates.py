@@ -49,6 +49,16 @@ def test_hard_concrete_follows_the_paper_formula():
         assert HardConcrete().deterministic(torch.tensor(log_alpha, dtype=torch.float64)).item() == pytest.approx(z, abs=1e-12)
 
 
+def test_the_models_hard_concrete_gate_is_open_where_bernoullis_is():
+    """The cutoff of one half changes nothing but the deterministic gates up to it."""
+    gate, plain, log_alpha = GATES["hard_concrete"](), HardConcrete(), torch.linspace(-6, 6, 2401)
+    z = gate.deterministic(log_alpha)
+    assert torch.equal(z > 0, Bernoulli().deterministic(log_alpha) > 0)
+    assert torch.equal(z[z > 0], plain.deterministic(log_alpha)[z > 0]) and z[z > 0].min() >= 0.5
+    u = torch.rand(2401)
+    assert torch.equal(gate.sample(log_alpha, u), plain.sample(log_alpha, u))
+
+
 def test_noise_at_the_ends_of_the_unit_interval_is_harmless():
     for gate in (HardConcrete(), Bernoulli()):
         log_alpha = torch.tensor([0.0, 0.0], requires_grad=True)

@@ -18,8 +18,8 @@ def tiny(seed=0, **overrides):
     model = GPT(GPTConfig(**{**TINY, **overrides}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(0.4 * torch.randn(p.shape, generator=generator) - 2.4 * name.endswith("gate_bias"))  # some gates closed
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=generator))  # the biases of the gates, too: some are closed
     return model.eval()
 
 
@@ -59,7 +59,8 @@ def numpy_forward(model, tokens):
                         wq, wk = w[f"h.{layer}.attn.gate_qk.weight"].reshape(2, H, R, C)[:, h]
                         seen = (normed[i] @ wq.T) @ (normed[: i + 1] @ wk.T).T / math.sqrt(R)
                     log_alpha = seen + w[f"h.{layer}.attn.gate_bias"][h]
-                    p = p * np.clip(1.2 / (1 + np.exp(-log_alpha)) - 0.1, 0, 1)
+                    z = np.clip(1.2 / (1 + np.exp(-log_alpha)) - 0.1, 0, 1)
+                    p = p * np.where(z > 0.5, z, 0)
                 out[i] = p @ v[: i + 1]
             heads.append(out)
         x = x + linear(np.concatenate(heads, axis=1), f"h.{layer}.attn.c_proj")

@@ -19,7 +19,7 @@ def models(tmp_path, data_dir):
     torch.manual_seed(0)
     shape = dict(block_size=8, vocab_size=12, n_layer=2, n_head=2, n_embd=16)
     for name, gate in (("dense", "none"), ("sparse", "hard_concrete")):
-        model = GPT(GPTConfig(**shape, gate=gate, gate_bias=-2.4))
+        model = GPT(GPTConfig(**shape, gate=gate, gate_input="score", gate_bias=0.0))
         save_checkpoint(checkpoint_of(model, read_meta(data_dir / "sums"), {}), tmp_path / f"{name}.pt")
     deep = GPT(GPTConfig(**{**shape, "n_layer": 3}))
     save_checkpoint(checkpoint_of(deep, read_meta(data_dir / "sums"), {}), tmp_path / "deep.pt")
