@@ -362,7 +362,7 @@ def print_tables(wanted):
             rows = {name: runs_of(dataset, name) for name in TABLES[table]}
             print(f"\n**{table}, {dataset}**\n\n| variant | name | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
             for name, runs in rows.items():
-                cells = [" / ".join(cell(run) for run in runs) for cell in COLUMNS.values()]
+                cells = [" / ".join(filter(None, map(cell, runs))) for cell in COLUMNS.values()]
                 if runs:
                     print(f"| {VARIANTS[name].text} | `{name}` | {' | '.join(cells)} |")
 
