@@ -282,7 +282,8 @@ class GPT(nn.Module):
             raise UserError(f"{source} does not hold a model of this version: {str(error).splitlines()[-1].strip()}")
         if checkpoint["model_config"].get("gate") == "none":
             missing = [name for name in missing if ".attn.gate_" not in name]  # gates may be new
-        unexpected = [name for name in unexpected if ".attn.gate_" not in name]  # or left out
+        if model.config.gate == "none":
+            unexpected = [name for name in unexpected if ".attn.gate_" not in name]  # or left out
         if missing or unexpected:
             raise UserError(f"{source} is not a checkpoint of this model: tensor {(missing + unexpected)[0]} does not match")
         return model.eval()

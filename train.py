@@ -77,7 +77,9 @@ class TrainConfig:
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_input: str = option("low_rank", "what gates see: a query and a key of their own, or the score", choices=GATE_INPUTS)
     gate_rank: int = option(16, "dimensions of that query and key, per head", at_least=1)
-    gate_bias: float = option(5.0, "where the gates' biases start; 5 leaves most edges open")
+    gate_bias: float = option(
+        5.0, "where the gates' biases start; 5 leaves all edges open, or nearly all with gate_input=score"
+    )
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
     multiplier_max: float = option(2.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
     multiplier_rate: float = option(0.02, "how far log(multiplier) moves per step at most", above=0)
@@ -330,7 +332,7 @@ def dense_phase(run, initial):
 def sparse_phase(run, dense):
     """The dense model with gates, post-trained under the bound."""
     config = run.config
-    code = code_of("gates.py", "constrained.py", "train.py")
+    code = code_of("gates.py", "constrained.py", "model.py", "train.py")
     settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense), "code": code}
     torch.manual_seed(config.seed)
     gated = {name: getattr(config, name) for name in ("gate", "gate_input", "gate_rank", "gate_bias")}

@@ -1,22 +1,24 @@
 """
 The study behind the defaults: which gate, which price of an edge, which multiplier; and what simpler methods reach.
 
-    python results/study.py                        train all variants that have no result yet, one after the other
-    python results/study.py --lanes=2              two at a time, each with one thread
-    python results/study.py --only=price,gates     these tables and variants only
-    python results/study.py --tables               print the tables of what is there, and draw results/gates.png
+    python results/study.py                              train all variants that have no result yet, one after the other
+    python results/study.py --lanes=2                    two at a time, each with one thread
+    python results/study.py --only=price,cap8            these tables or variants only
+    python results/study.py --tables                     print the tables of what is there, and draw results/gates.png
 
 A variant is one edit of the method: fields of TrainConfig, and a function that puts something else in one place of the
 project's modules. All variants post-train the same dense models, `out/addition/dense.pt` and `out/shakespeare_char/dense.pt`,
-with the same data, for the same number of steps.
+with the same data, for the same number of steps. Their checkpoints in out/study only make sense to this file.
 """
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +34,13 @@ import constrained
 import gates
 import model
 import plots
+import train
 from config import UserError, option
+from data.dataset import Dataset
+from report import evaluate
 from resume import read_log
 
-# What every variant starts from: the CPU recipes with 2,500 sparse steps, spelled out so that a changed recipe does not
-# change the study.
+# What every variant starts from: the CPU recipes, with these fields as they were when the study was made.
 BASE = dict(
     gate="hard_concrete",
     gate_input="low_rank",
@@ -48,12 +52,12 @@ BASE = dict(
     sparsify_steps=2500,
     control=False,
     plot_text="",
+    device="cpu",
 )
 DATASETS = {
     "addition": dict(batch_size=128, learning_rate=6e-3, gate_learning_rate=6e-2, min_lr=3e-4, multiplier_scale=0.01),
     "shakespeare_char": dict(batch_size=24, learning_rate=3e-3, gate_learning_rate=3e-2, min_lr=1.5e-4, multiplier_scale=0.05),
 }
-SEEDS = (1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +82,6 @@ def priced(penalty):
 def multiplier(start=None, decay=0.9, proportional=0.0):
     """A multiplier that starts elsewhere, averages longer, or gets a proportional term: the price that the weights see is
     multiplier * exp(proportional * violation / scale), the violation clipped to one scale, the price to the clamp."""
-    import train
 
     class Bound(constrained.LossBound):
         def __init__(self, bound, **settings):
@@ -97,7 +100,6 @@ def multiplier(start=None, decay=0.9, proportional=0.0):
 
 def loss_only():
     """No bound and no price: train for the loss alone."""
-    import train
 
     class LossOnly(constrained.LossBound):
         def lagrangian(self, cost, loss):
@@ -108,8 +110,6 @@ def loss_only():
 
 def trains(wanted):
     """Only parameters whose name contains one of these words train."""
-    import train
-
     make_optimizer = train.make_optimizer
 
     def freeze(net, config, weight_decay):
@@ -121,7 +121,7 @@ def trains(wanted):
 
 
 class Masked(model.Attention):
-    """No learned gates: attention keeps the edges that `edges(pattern)` marks; everything else is as in the project."""
+    """No learned gates: attention keeps the edges that `edges(pattern)` marks."""
 
     softmax_over_edges = False
 
@@ -142,11 +142,13 @@ class Masked(model.Attention):
 
 
 def largest_weights(fraction):
-    """This fraction of the causal pairs of every head and layer, those of largest attention weight in the sequence."""
+    """This fraction of the causal pairs of every head and layer, those of largest attention weight in the sequence. A weight
+    counts in multiples of its query's mean weight, or the first query, whose only weight is one, would always win."""
 
     class Attention(Masked):
         def edges(self, pattern):
-            flat, T = pattern.flatten(2), pattern.size(-1)
+            T = pattern.size(-1)
+            flat = (pattern * torch.arange(1, T + 1, device=pattern.device)[:, None]).flatten(2)
             k = math.ceil(fraction * T * (T + 1) / 2)
             return torch.zeros_like(flat, dtype=torch.bool).scatter_(2, flat.topk(k).indices, True).view_as(pattern)
 
@@ -156,7 +158,7 @@ def largest_weights(fraction):
 
 def window(width):
     """Head 0 of layer 0 reads the last `width` positions before its own, with a softmax over these; no other head reads."""
-    created = iter(range(10**9))
+    created = itertools.count()  # a model creates its layers in order
 
     class Attention(Masked):
         softmax_over_edges = True
@@ -167,7 +169,7 @@ def window(width):
 
         def edges(self, pattern):
             back = torch.ones_like(pattern, dtype=torch.bool).triu(-width).tril(-1)
-            return back & (torch.arange(pattern.size(1)) == 0)[:, None, None] & self.reads
+            return back & (torch.arange(pattern.size(1), device=pattern.device) == 0)[:, None, None] & self.reads
 
     model.Attention = Attention
     loss_only()
@@ -180,11 +182,12 @@ def window(width):
 @dataclass
 class Variant:
     text: str
-    edit: object = None  # called before the run with nothing, puts something else into the project's modules
+    edit: Callable | None = None  # called before the run with nothing, puts something else into the project's modules
     fields: dict = None  # of TrainConfig
     datasets: tuple = tuple(DATASETS)
     seeds: tuple = (1, 2)
-    learning_rates: float = 1.0  # times the dataset's
+    lr_factor: float = 1.0  # times the dataset's learning rates
+    priced: bool = True  # edges have a price; False: trained for the loss alone
     of: str = ""  # not trained, only evaluated: the weights of this variant, or of "dense"
 
 
@@ -194,7 +197,7 @@ def softplus_price(factor):
 
 WIDE = partial(stretched, 2 / 3, -0.5, 1.5)
 VARIANTS = {
-    "reference": Variant("the reference"),
+    "reference": Variant("the reference, cutoff 0"),
     # what distribution
     "above25": Variant("the same weights, cutoff 0.25", partial(cutoff, 0.25), of="reference"),
     "above50": Variant("the same weights, cutoff 0.5", partial(cutoff, 0.5), of="reference"),
@@ -221,14 +224,14 @@ VARIANTS = {
     # which weights, how fast, how long
     "attention": Variant("attention and gates train, nothing else", partial(trains, ["attn"])),
     "gates": Variant("only the gates train", partial(trains, ["gate"])),
-    "lr_half": Variant("half the learning rates", learning_rates=0.5),
-    "lr_double": Variant("twice the learning rates", learning_rates=2.0),
+    "lr_half": Variant("half the learning rates", lr_factor=0.5),
+    "lr_double": Variant("twice the learning rates", lr_factor=2.0),
     "steps2": Variant("`wide`, 5,000 steps", WIDE, fields=dict(sparsify_steps=5000)),
     "steps4": Variant("`wide`, 10,000 steps", WIDE, fields=dict(sparsify_steps=10_000)),
     # simpler ways to as few edges
     "top": Variant("largest weights of each head, not trained", partial(largest_weights, 0.0075), of="dense", seeds=(1,)),
-    "top_trained": Variant("largest weights of each head, trained", partial(largest_weights, 0.0075)),
-    "window": Variant("sliding window, trained", partial(window, 4), datasets=("shakespeare_char",)),
+    "top_trained": Variant("largest weights of each head, trained", partial(largest_weights, 0.0075), priced=False),
+    "window": Variant("sliding window, trained", partial(window, 4), datasets=("shakespeare_char",), priced=False),
 }
 TABLES = {
     "distribution": ["reference", "above25", "above50", "wide", "wider", "cold", "bernoulli"],
@@ -249,12 +252,10 @@ def folder_of(dataset, name, seed):
 
 
 def config_of(dataset, name, seed):
-    import train
-
     folder = folder_of(dataset, name, seed)
     fields = {**BASE, **DATASETS[dataset], **(VARIANTS[name].fields or {})}
     for rate in ("learning_rate", "gate_learning_rate", "min_lr"):
-        fields[rate] *= VARIANTS[name].learning_rates
+        fields[rate] *= VARIANTS[name].lr_factor
     return replace(
         train.RECIPES[dataset],
         **fields,
@@ -270,10 +271,9 @@ def run_one(dataset, name, seed):
     """One run, in this process: nothing of the edit outlives it."""
     variant = VARIANTS[name]
     gates.GATES["hard_concrete"] = gates.HardConcrete  # without the cutoff, which came out of the study
+    train.draw = lambda *args: []  # pictures would show the project's gates, not the variant's
     if variant.edit is not None:
         variant.edit()
-    import train
-
     config = config_of(dataset, name, int(seed))
     if variant.of:
         evaluate_only(config, variant.of, int(seed))
@@ -283,45 +283,55 @@ def run_one(dataset, name, seed):
 
 def evaluate_only(config, of, seed):
     """Give the weights of the dense model, or of a variant's sparse one, this variant's attention, and write a summary."""
-    from data.dataset import Dataset
-    from report import evaluate
-
     path = config.init_from if of == "dense" else folder_of(config.dataset, of, seed) / "sparse.pt"
     data = Dataset(config.dataset, config.block_size, config.data_dir, "cpu")
     result = evaluate(model.GPT.from_pretrained(path, gate=config.gate), data, config.batch_size)
-    summary = {"edges_hard": result["edges_hard"], "sparse_loss": result["loss"], "seconds": {"sparse": 0}}
+    summary = {"edges_hard": result["edges_hard"], "sparse_loss": result["loss"]}
     if "accuracy" in result:
         summary["sparse_accuracy"] = result["accuracy"]
     (Path(config.out_dir) / "summary.json").write_text(json.dumps(summary))
 
 
-def train_all(wanted, datasets, seeds, lanes):
-    """Every wanted run without a summary.json, in processes of their own."""
-    waiting = [
-        (dataset, name, seed)
-        for seed in seeds
-        for dataset in datasets
-        for name in wanted
-        for variant in [VARIANTS[name]]
-        if seed in variant.seeds
-        and dataset in variant.datasets
-        and not (folder_of(dataset, name, seed) / "summary.json").is_file()
-    ]
+def finished(job):
+    return (folder_of(*job) / "summary.json").is_file()
+
+
+def train_all(jobs, lanes):
+    """Every job (dataset, variant, seed) without a summary.json, in processes of their own. Raises UserError, after the others
+    are done, if some failed."""
+    waiting, running, failed = [job for job in jobs if not finished(job)], {}, []
+    print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if lanes > 1 else dict(os.environ)
-    running = {}
-    while waiting or running:
-        while waiting and len(running) < lanes:
-            job = waiting.pop(0)
-            folder_of(*job).mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, __file__, "--run", *map(str, job)]
-            print(time.strftime("%H:%M"), *job, f"({len(waiting)} waiting)", flush=True)
-            with open(folder_of(*job) / "output.txt", "a") as output:
-                running[subprocess.Popen(command, env=environment, stdout=output, stderr=output)] = job
-        time.sleep(1)
-        for process in [p for p in running if p.poll() is not None]:
-            job = running.pop(process)
-            if process.returncode:
-                raise UserError(f"{' '.join(map(str, job))} stopped: see {folder_of(*job) / 'output.txt'}")
+
+    def ready(job):
+        """Whether the weights that it needs are there."""
+        of = VARIANTS[job[1]].of
+        return of in ("", "dense") or finished((job[0], of, job[2]))
+
+    try:
+        while waiting or running:
+            for job in [job for job in waiting if ready(job)][: lanes - len(running)]:
+                waiting.remove(job)
+                folder_of(*job).mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, __file__, "--run", *map(str, job)]
+                print(time.strftime("%H:%M"), *job, f"({len(waiting)} waiting)", flush=True)
+                with open(folder_of(*job) / "output.txt", "a") as output:
+                    running[subprocess.Popen(command, env=environment, stdout=output, stderr=output)] = job
+            if not running:
+                failed += [f"{' '.join(map(str, job))} needs {VARIANTS[job[1]].of}: name it in --only, too" for job in waiting]
+                break
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                job = running.pop(process)
+                if process.returncode:
+                    failed.append(f"{' '.join(map(str, job))} stopped: see {folder_of(*job) / 'output.txt'}")
+    finally:  # on Ctrl-C: they save, and go on next time
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    if failed:
+        raise UserError("\n".join(failed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +342,7 @@ COLUMNS = {
     "loss": lambda run: f"{run['sparse_loss']:.4f}",
     "accuracy, %": lambda run: f"{100 * run['sparse_accuracy']:.2f}" if "sparse_accuracy" in run else "",
     "training loss - bound": lambda run: f"{run['excess']:+.4f}" if run["lines"] else "",
-    "steps at the largest price": lambda run: str(run["at_cap"]) if run["lines"] else "",
+    "last step at the largest price": lambda run: str(run["at_cap"]) if run["lines"] else "",
     "seconds": lambda run: str(run["seconds"]["sparse"]) if run["lines"] else "",
 }
 
@@ -350,16 +360,20 @@ def runs_of(dataset, name):
         if run["lines"]:
             last = run["lines"][-5:]
             run["excess"] = sum(line["loss"] - line["bound"] for line in last) / len(last)
-            largest = run["config"]["multiplier_max"]
-            run["at_cap"] = max((line["step"] for line in run["lines"] if line["multiplier"] > 0.99 * largest), default=0)
+            largest = 0.99 * run["config"]["multiplier_max"]
+            run["at_cap"] = max((line["step"] for line in run["lines"] if line["multiplier"] > largest), default=0)
+            if not VARIANTS[name].priced:
+                run["at_cap"] = ""
         runs.append(run)
     return runs
 
 
-def print_tables(wanted):
+def print_tables(tables):
     for dataset in DATASETS:
-        for table in wanted:
+        for table in tables:
             rows = {name: runs_of(dataset, name) for name in TABLES[table]}
+            if not any(rows.values()):
+                continue
             print(f"\n**{table}, {dataset}**\n\n| variant | name | {' | '.join(COLUMNS)} |\n|---|---|{'---|' * len(COLUMNS)}")
             for name, runs in rows.items():
                 cells = [" / ".join(filter(None, map(cell, runs))) for cell in COLUMNS.values()]
@@ -368,12 +382,12 @@ def print_tables(wanted):
 
 
 def draw(path):
-    """The picture of results/gates.md: edges while training at different largest prices, and where all variants end."""
+    """The picture of results/gates.md: edges while training of some variants, and where all end."""
     curves, finals = {}, {}
     for dataset in DATASETS:
         runs = {name: runs_of(dataset, name) for name in VARIANTS}
         if not runs["reference"]:
-            raise UserError("the tables have no reference yet: run `python results/study.py --only=reference` first")
+            raise UserError(f"{dataset} has no reference yet: run `python results/study.py --only=reference` first")
         curves[dataset] = {
             name: list(zip(*((line["step"], 100 * line["hard_edges"]) for line in runs[name][0]["lines"])))
             for name in ("cap8", "reference", "cap1", "score", "bernoulli")
@@ -389,27 +403,47 @@ def draw(path):
 @dataclass
 class StudyConfig:
     lanes: int = option(1, "runs at a time; with more than one, each gets one thread", at_least=1)
-    only: str = option("", "tables or variants, separated by commas; empty: all")
-    dataset: str = option(",".join(DATASETS), "these datasets, separated by commas")
-    seeds: str = option("1,2", "of the sparse phase")
-    tables: bool = option(False, "train nothing, print the tables and draw the picture")
+    only: str = option("", "tables or variants, separated by commas; empty: all tables")
+    datasets: str = option(",".join(DATASETS), "separated by commas")
+    seeds: str = option("1,2", "of the sparse phase, separated by commas")
+    tables: bool = option(False, "train nothing; print the tables and draw the picture")
+
+    def problems(self):
+        known = {"only": [*TABLES, *VARIANTS], "datasets": list(DATASETS), "seeds": ["1", "2"]}
+        return [
+            f"--{field} names {word!r}: give some of {', '.join(words)}"
+            for field, words in known.items()
+            for word in listed(getattr(self, field))
+            if word not in words
+        ]
+
+
+def listed(text):
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def main(argv):
     if argv[:1] == ["--run"]:
         return run_one(*argv[1:])
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nfields:\n{command_line.help_text(StudyConfig())}")
+        return
     config = command_line.parse(StudyConfig(), argv)
-    words = config.only.split(",") if config.only else list(TABLES)
-    wanted = []
-    for word in words:
-        if word not in TABLES and word not in VARIANTS:
-            raise UserError(f"--only names {word!r}: give some of {', '.join([*TABLES, *VARIANTS])}")
-        wanted += [name for name in TABLES.get(word, [word]) if name not in wanted]
+    words = listed(config.only) or list(TABLES)
     if config.tables:
         print_tables([word for word in words if word in TABLES])
-        draw(ROOT / "results" / "gates.png")
-    else:
-        train_all(wanted, config.dataset.split(","), [int(s) for s in config.seeds.split(",")], config.lanes)
+        return draw(ROOT / "results" / "gates.png")
+    jobs = [
+        (dataset, name, int(seed))
+        for seed in listed(config.seeds)
+        for dataset in listed(config.datasets)
+        for name in dict.fromkeys(name for word in words for name in TABLES.get(word, [word]))
+        if int(seed) in VARIANTS[name].seeds and dataset in VARIANTS[name].datasets
+    ]
+    for dataset in {dataset for dataset, _, _ in jobs}:
+        if not (ROOT / "out" / dataset / "dense.pt").is_file():
+            raise UserError(f"out/{dataset}/dense.pt is not there: train it with `python train.py {dataset}`")
+    train_all(jobs, config.lanes)
 
 
 if __name__ == "__main__":

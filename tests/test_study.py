@@ -1,4 +1,4 @@
-"""Every variant of the study is trained or evaluated, and none of its edits comes to nothing."""
+"""Every variant of the study runs, its edit changes what it says, and the queue and its errors behave."""
 
 import importlib.util
 import json
@@ -10,7 +10,8 @@ import torch
 import gates
 import model
 import train as train_module
-from model import load_checkpoint
+from config import UserError
+from model import load_checkpoint, save_checkpoint
 from tests.conftest import ROOT
 from tests.test_train import SMALL
 
@@ -45,7 +46,7 @@ def run_one(dense, data_dir, tmp_path, monkeypatch):
 
     def small(dataset, name, seed):
         config = config_of(dataset, name, seed)
-        short = dict(sparsify_steps=config.sparsify_steps // 250, dataset="sums", data_dir=str(data_dir), device="cpu")
+        short = dict(sparsify_steps=config.sparsify_steps // 250, dataset="sums", data_dir=str(data_dir))
         return replace(config, init_from=str(dense), n_layer=2, n_head=2, n_embd=16, block_size=5, batch_size=16, **short)
 
     monkeypatch.setattr(study, "config_of", small)
@@ -69,10 +70,85 @@ def test_a_trained_variant_differs_from_the_reference(run_one, name, tmp_path):
     )
 
 
-def test_variants_that_are_only_evaluated(run_one):
-    reference, above50, top = run_one("reference"), run_one("above50"), run_one("top")
-    assert above50["edges_hard"] <= reference["edges_hard"]
-    assert top["edges_hard"] == pytest.approx(1 / 15)  # one of the 15 causal pairs of every head
+def test_variants_that_are_only_evaluated(run_one, tmp_path):
+    run_one("reference")
+    checkpoint = load_checkpoint(tmp_path / "reference" / "sparse.pt")
+    for name, p in checkpoint["model"].items():
+        if name.endswith("gate_bias"):
+            p.copy_(torch.tensor([-2.0, -1.0]))  # gates of 0.04 and 0.22, or less than 0.25 and 0.5 apart from them
+    save_checkpoint(checkpoint, tmp_path / "reference" / "sparse.pt")
+    path = tmp_path / "reference" / "sparse.pt"
+    plain = model.GPT.from_pretrained(path)
+    plain_edges = [run_one(name)["edges_hard"] for name in ("above25", "above50")]
+    assert plain_edges == [0, 0] and all(block.attn.gate.deterministic(torch.tensor(-1.0)) > 0 for block in plain.h)
+    assert run_one("top")["edges_hard"] == pytest.approx(1 / 15)  # one of the 15 causal pairs of every head
+
+
+@pytest.mark.parametrize(
+    "edit, wanted", [(study.WIDE, (2 / 3, -0.5, 1.5, 0)), (lambda: study.cutoff(0.25), (2 / 3, -0.1, 1.1, 0.25))]
+)
+def test_edits_of_the_distribution(monkeypatch, edit, wanted):
+    monkeypatch.setitem(gates.GATES, "hard_concrete", None)
+    edit()
+    gate = gates.GATES["hard_concrete"]()
+    assert (gate.beta, gate.gamma, gate.zeta, gate.cutoff) == wanted
+
+
+def test_the_largest_weights_are_not_the_first_querys(monkeypatch):
+    """Its one key has all its weight, which says nothing."""
+    monkeypatch.setattr(model, "Attention", model.Attention)
+    monkeypatch.setattr(train_module, "LossBound", train_module.LossBound)
+    study.largest_weights(1 / 6)
+    net = model.GPT(model.GPTConfig(block_size=3, vocab_size=7, n_layer=1, n_head=1, n_embd=8, gate="bernoulli"))
+    pattern = torch.tensor([[1.0, 0, 0], [0.6, 0.4, 0], [0.1, 0.1, 0.8]])[None, None]
+    assert net.h[0].attn.edges(pattern).nonzero().tolist() == [[0, 0, 2, 2]]
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """train_all with programs that only write a summary, or fail; returns the order in which they were started."""
+    started = []
+
+    class Program:
+        def __init__(self, command, **_):
+            dataset, name, seed = command[-3:]
+            started.append(name)
+            self.returncode = int(name == "score")
+            if not self.returncode:
+                (study.folder_of(dataset, name, seed) / "summary.json").write_text("{}")
+
+        poll = wait = lambda self: self.returncode
+
+    monkeypatch.setattr(study.subprocess, "Popen", Program)
+    monkeypatch.setattr(study, "folder_of", lambda dataset, name, seed: tmp_path / dataset / name / str(seed))
+    return started
+
+
+def test_runs_wait_for_what_they_need_and_finished_ones_are_not_run_again(queue):
+    jobs = [("addition", name, 1) for name in ("above50", "reference", "cap1")]
+    study.train_all(jobs, 2)
+    assert sorted(queue) == ["above50", "cap1", "reference"] and queue.index("reference") < queue.index("above50")
+    study.train_all(jobs, 2)
+    assert len(queue) == 3
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(queue):
+    with pytest.raises(UserError, match="addition score 1 stopped: see .*output.txt"):
+        study.train_all([("addition", "score", 1), ("addition", "cap1", 1)], 1)
+    assert queue == ["score", "cap1"]
+    with pytest.raises(UserError, match="addition above50 1 needs reference"):
+        study.train_all([("addition", "above50", 1)], 1)
+
+
+def test_bad_options(program):
+    code, _, err = program(study.main, "--only=prize", "--datasets=addition,foo", "--seeds=x")
+    assert code == 2 and [line.split(":")[1] for line in err.splitlines()] == [
+        " --only names 'prize'",
+        " --datasets names 'foo'",
+        " --seeds names 'x'",
+    ]
+    code, out, _ = program(study.main, "--help")
+    assert code == 0 and "--lanes" in out
 
 
 def test_a_window_is_what_its_name_says(monkeypatch):
