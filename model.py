@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from config import UserError
 from gates import GATES, AttentionStats, attention_pattern, causal_mask, causal_scores, gated_attention
 
-GATE_INPUTS = ("low_rank", "score")
+GATE_INPUTS = ("score", "low_rank")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms, as GPT-2 has it
     gate: str = "none"  # or a name in gates.GATES
     gate_bias: float = 5.0  # where every head's gate bias starts: large enough that all edges are open
-    gate_input: str = "low_rank"  # the gates see a query and a key of their own; "score": they see the attention score
+    gate_input: str = "score"  # the gates see the attention score; "low_rank": a query and a key of their own
     gate_rank: int = 16  # dimensions of that query and key, per head
 
     def __post_init__(self):

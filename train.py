@@ -75,8 +75,8 @@ class TrainConfig:
     bias: bool = option(True, "biases in linear layers and LayerNorms")
     # the gates and the bound
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
-    gate_input: str = option("low_rank", "what gates see: a query and a key of their own, or the score", choices=GATE_INPUTS)
-    gate_rank: int = option(16, "dimensions of that query and key, per head", at_least=1)
+    gate_input: str = option("score", "what gates see: the score, or a query and a key of their own", choices=GATE_INPUTS)
+    gate_rank: int = option(16, "dimensions of that query and key, per head; with gate_input=low_rank", at_least=1)
     gate_bias: float = option(
         5.0, "where the gates' biases start; 5 leaves all edges open, or nearly all with gate_input=score"
     )
