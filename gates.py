@@ -6,14 +6,16 @@ weight of the edge after the softmax:
 
     y_i = sum_j softmax(scores)_ij * z_ij * v_j,        scores_ij = q_i . k_j / sqrt(D).
 
-The gate's logit says how likely it is open. It depends on the two positions like a second, small attention score,
+The gate's logit says how likely it is open. It is the attention score itself plus a bias per head,
 
-    log_alpha_ij = gate_q_i . gate_k_j / sqrt(R) + bias,
+    log_alpha_ij = scores_ij + bias,
 
-of a query and a key that only the gates use (R = 16 dimensions per head), or it is the attention score itself plus the bias,
-which adds no parameters but one per head and is how the paper has it. The softmax runs over all keys and nothing is
-renormalised afterwards: a query may end with no edge at all, and then its head writes zero.
-(Sparse Attention Post-Training for Mechanistic Interpretability, arXiv 2512.05865)
+so the gates add no parameters but these, and the model opens and closes an edge by moving the query and the key. The
+softmax runs over all keys and nothing is renormalised afterwards: a query may end with no edge at all, and then its head
+writes zero. (Sparse Attention Post-Training for Mechanistic Interpretability, arXiv 2512.05865)
+
+The gates may also see a query and a key of their own, of R dimensions per head (gate_q, gate_k below). That leaves fewer edges
+open but lets a model close an edge and still learn from the key how much of the softmax it takes (results/gates.md).
 
 A gate of your own is a class with the three methods of HardConcrete, added to GATES and chosen with --gate=NAME; its
 `deterministic` must return exact zeros, or no edge ever counts as closed.

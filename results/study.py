@@ -74,6 +74,20 @@ def cutoff(t):
     gates.GATES["hard_concrete"] = partial(gates.HardConcrete, cutoff=t)
 
 
+def sealed():
+    """Closed keys keep their place in the softmax but no longer tell what they hold: their scores are replaced by the batch's
+    mean score of the same head, query and key position. A model that hears only open keys does not mind."""
+
+    def attention(q, k, v, bias, gate, training, u=None, gate_q=None, gate_k=None):
+        scores = gates.causal_scores(q, k)
+        _, log_alpha = gates.attention_pattern(q, k, bias, gate_q, gate_k)
+        z = gate.deterministic(log_alpha)
+        pattern = torch.where(z > 0, scores, scores.mean(dim=0, keepdim=True)).softmax(dim=-1)
+        return (pattern * z) @ v, gates.attention_stats(pattern, log_alpha, gate)
+
+    model.gated_attention = attention
+
+
 def priced(penalty):
     """Another edge_penalty(gate, log_alpha)."""
     gates.edge_penalty = penalty
@@ -208,6 +222,9 @@ VARIANTS = {
     # what the gate sees
     "score": Variant("the attention score", fields=dict(gate_input="score")),
     "rank4": Variant("own query and key of 4 dimensions", fields=dict(gate_rank=4)),
+    "reference_sealed": Variant("the reference, sealed", sealed, of="reference"),
+    "bernoulli_sealed": Variant("`bernoulli`, sealed", sealed, of="bernoulli", fields=dict(gate="bernoulli")),
+    "score_sealed": Variant("`score`, sealed", sealed, of="score"),
     # what an edge costs
     "expected": Variant("P", partial(priced, softplus_price(0))),
     "softplus03": Variant("P + 0.3 softplus", partial(priced, softplus_price(0.3))),
@@ -235,7 +252,7 @@ VARIANTS = {
 }
 TABLES = {
     "distribution": ["reference", "above25", "above50", "wide", "wider", "cold", "bernoulli"],
-    "input": ["reference", "rank4", "score"],
+    "input": ["reference", "rank4", "score", "reference_sealed", "bernoulli_sealed", "score_sealed"],
     "price": ["reference", "softplus03", "expected", "softplus"],
     "multiplier": ["cap1", "reference", "cap4", "cap8", "start01", "rate3", "slow", "proportional", "tolerance03"],
     "training": ["attention", "gates", "lr_half", "reference", "lr_double", "wide", "steps2", "steps4"],

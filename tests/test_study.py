@@ -37,6 +37,7 @@ def run_one(dense, data_dir, tmp_path, monkeypatch):
         (gates, "edge_penalty"),
         (train_module, "LossBound"),
         (train_module, "make_optimizer"),
+        (model, "gated_attention"),
     ]:
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(train_module, "draw", lambda *args: [])
@@ -102,6 +103,19 @@ def test_the_largest_weights_are_not_the_first_querys(monkeypatch):
     net = model.GPT(model.GPTConfig(block_size=3, vocab_size=7, n_layer=1, n_head=1, n_embd=8, gate="bernoulli"))
     pattern = torch.tensor([[1.0, 0, 0], [0.6, 0.4, 0], [0.1, 0.1, 0.8]])[None, None]
     assert net.h[0].attn.edges(pattern).nonzero().tolist() == [[0, 0, 2, 2]]
+
+
+def test_sealing_takes_away_what_closed_keys_tell(monkeypatch):
+    """One head, two sequences that differ in a key whose gate is closed: its score moves the weight of the open one."""
+    monkeypatch.setattr(model, "gated_attention", model.gated_attention)
+    q, k, v = (torch.randn(2, 1, 3, 4) for _ in range(3))
+    gate_q, gate_k = torch.ones(2, 1, 3, 1), torch.tensor([9.0, -9.0, -9.0]).view(1, 1, 3, 1).expand(2, 1, 3, 1)
+    q[1], v[1], k[1, :, [0, 2]] = q[0], v[0], k[0, :, [0, 2]]  # only the key at position 1 differs, which no query reads
+    inputs = (q, k, v, torch.zeros(1), gates.Bernoulli(), False, None, gate_q, gate_k)
+    told = gates.gated_attention(*inputs)[0]
+    study.sealed()
+    silent = model.gated_attention(*inputs)[0]
+    assert not torch.allclose(told[0], told[1]) and torch.allclose(silent[0], silent[1])
 
 
 @pytest.fixture
