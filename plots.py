@@ -192,9 +192,9 @@ def comparison_figure(curves, finals):
         for axis in (above, below):
             axis.grid(alpha=0.3)
         below.set_xscale("log")
-        for axis in (above.yaxis, below.xaxis):
+        for axis, labelled in ((above.yaxis, "235"), (below.xaxis, "123456789")):  # first digits of the ticks that get a label
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(lambda x, _: f"{x:.3g}" if f"{x:e}"[0] in "235" else "")  # 0.2, 0.3, 0.5, ...
+            axis.set_minor_formatter(lambda x, _, labelled=labelled: f"{x:.3g}" if f"{x:e}"[0] in labelled else "")
     style = dict(ls="", marker="o", color="#0072B2")
     handles = [Line2D([], [], **style), Line2D([], [], mfc="none", **style)]
     figure.legend(handles, ["loss within the bound", "over it"], loc="outside lower right", ncols=2, frameon=False, fontsize=8)

@@ -62,3 +62,14 @@ def test_the_table_has_a_column_per_model_and_a_row_per_layer():
     assert rows["loss, nats"] == ["0.4000", "0.5000"] and rows["hard edges"] == ["100.00%", "2.00%"]
     assert rows["bound"] == ["0.6000"] and rows["seconds"] == ["7"]
     assert lines[-1].split() == ["layer", "1", "3.00", "4.00"]
+
+
+def test_comparison_marks_what_ended_over_its_bound():
+    curves = {"task": {"a": ([1, 2], [50.0, 2.0])}, "text": {"b": ([1, 2], [40.0, 1.0])}}
+    finals = {"task": {"a": [(2.0, True), (2.5, False)]}, "text": {"b": [(1.0, True)]}}
+    figure = plots.comparison_figure(curves, finals)
+    points = [line for axis in figure.axes[2:] for line in axis.lines]
+    assert [float(line.get_xdata()[0]) for line in points] == [2.0, 2.5, 1.0]
+    assert [line.get_markerfacecolor() == "none" for line in points] == [False, True, False]
+    lines = {line.get_label(): line.get_color() for axis in figure.axes[:2] for line in axis.lines}
+    assert lines["a"] != lines["b"]  # one colour per variant
