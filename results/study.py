@@ -314,7 +314,7 @@ def finished(job):
 
 
 def train_all(jobs, lanes):
-    """Every job (dataset, variant, seed) without a summary.json, in processes of their own. Raises UserError, after the others
+    """Run every job (dataset, variant, seed) without a summary.json, in processes of their own. Raises UserError, after the others
     are done, if some failed."""
     waiting, running, failed = [job for job in jobs if not finished(job)], {}, []
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished")

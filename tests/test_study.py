@@ -76,7 +76,7 @@ def test_variants_that_are_only_evaluated(run_one, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "reference" / "sparse.pt")
     for name, p in checkpoint["model"].items():
         if name.endswith("gate_bias"):
-            p.copy_(torch.tensor([-2.0, -1.0]))  # gates of 0.04 and 0.22, or less than 0.25 and 0.5 apart from them
+            p.copy_(torch.tensor([-2.0, -1.0]))  # gates of 0.04 and 0.22: open, but below both cutoffs
     save_checkpoint(checkpoint, tmp_path / "reference" / "sparse.pt")
     path = tmp_path / "reference" / "sparse.pt"
     plain = model.GPT.from_pretrained(path)
