@@ -1,8 +1,12 @@
 """Text to tokens and back: characters, bytes, or GPT-2's byte-pair encoding."""
 
+import re
+
 import numpy as np
 
 from config import UserError
+
+LONG_WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")  # what GPT-2's pattern takes for white space
 
 
 class CharTokenizer:
@@ -58,7 +62,11 @@ class GPT2Tokenizer:
         self.vocab_size, self.end_of_text = self._encoding.n_vocab, self._encoding.eot_token
 
     def encode(self, text):
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+        """uint16 tokens. A long run of white space is cut before its last character, where the encoding cuts it, too:
+        tiktoken's search for that place overflows its stack."""
+        ends = [run.end() - 1 for run in LONG_WHITE_SPACE.finditer(text) if run.end() < len(text)]
+        parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
+        return np.array([token for part in parts for token in self._encoding.encode_ordinary(part)], dtype=np.uint16)
 
     def decode(self, tokens):
         return self._encoding.decode(list(tokens))
