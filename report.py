@@ -15,12 +15,13 @@ from gates import AttentionStats
 
 @torch.no_grad()
 def evaluate(model, data, batch_size, n_batches=None):
-    """The model on the validation split (its first n_batches, if given) with deterministic gates, as a dict:
+    """The model on the validation split (its first n_batches, if given; of a split of more than a million tokens the part that
+    `Dataset.sequential` takes) with deterministic gates, as a dict:
 
     loss (nats per predicted token), edges_hard and edges_expected (fractions of causal pairs), rows_empty (fraction of
     queries), mass_removed (fraction of the attention weight that closed edges held), edges_per_head (L x H hard fractions),
     and on toy tasks accuracy: the fraction of examples whose whole answer the model gets right greedily (each token likeliest
-    given the right ones before it, which is the same)."""
+    given the right ones before it, which is the same). part: what the split was cut to, in words, where it was."""
     was_training = model.training
     model.eval()
     n_tokens = n_rows = n_right = 0
@@ -42,7 +43,11 @@ def evaluate(model, data, batch_size, n_batches=None):
         "mass_removed": mean.mass_removed.mean().item(),
         "edges_per_head": mean.hard_edges.tolist(),
     }
-    return {**result, "accuracy": n_right / n_rows} if data.is_task else result
+    if data.is_task:
+        result["accuracy"] = n_right / n_rows
+    if data.part("val"):
+        result["part"] = data.part("val")
+    return result
 
 
 def result_line(name, result):
@@ -83,6 +88,8 @@ def table(results, bound=None, extra=()):
     lines = ["", f"{'':16}" + "".join(f"{name:>12}" for name in results)]
     for label, cells in [*rows, *extra]:
         lines.append(f"{label:16}" + "".join(f"{cells.get(name, ''):>12}" for name in results))
+    parts = {result["part"]: None for result in results.values() if "part" in result}
+    lines += [f"all on {part}" for part in parts]
     if "sparse" in results:
         heads = results["sparse"]["edges_per_head"]
         lines += ["", "sparse: hard edges left, % of each head's causal pairs"]
@@ -106,6 +113,8 @@ def summarise(config, is_task, phases, results):
         summary |= {f"{name}_accuracy": result["accuracy"] for name, result in results.items()}
     if "control" in results:
         summary["control_loss"] = results["control"]["loss"]
+    if "part" in sparse:
+        summary["part"] = sparse["part"]
     for key in ("steps", "seconds", "tokens_per_second"):
         summary[key] = {name: round(getattr(phase, key)) for name, phase in phases.items()}
     return {**summary, "device": device_name(config.device), "config": dataclasses.asdict(config)}

@@ -3,6 +3,8 @@ A dataset is a folder: train.bin and val.bin (uint16 tokens, memory-mapped), and
 
 meta.json holds vocab_size and tokenizer (and the characters where there are any). A toy task adds example_length and
 answer_start: then the files are whole examples, one after the other, and only the answer is to be predicted.
+
+Opening a dataset and evaluating on it take the same time however large it is: see CHECKED and EVALUATED.
 """
 
 import json
@@ -12,6 +14,10 @@ import numpy as np
 import torch
 
 from config import UserError
+from data.writer import sha256_of
+
+CHECKED = 1 << 24  # tokens of a file that are looked at on opening, evenly spread; the hash is checked if both splits have less
+EVALUATED = 1 << 20  # tokens of a split that `sequential` takes at most, evenly spread
 
 MAKE_COMMANDS = {"addition": "addition", "shakespeare_char": "shakespeare"}
 
@@ -25,12 +31,18 @@ class Dataset:
         self.meta = read_meta(Path(data_dir) / name)
         self.example_length = self.meta.get("example_length")  # None for running text
         self.answer_start = self.meta.get("answer_start")
+        self._length = self.example_length or block_size + 1  # tokens per sequence, with the last target
+        self._stride = self.example_length or block_size  # from one sequence to the next
         if self.is_task and block_size < self.example_length - 1:
             raise UserError(
                 f"block_size {block_size} is too short for {name}, whose examples have {self.example_length} tokens: "
                 f"it must be at least {self.example_length - 1}"
             )
-        self.tokens = {split: self._open(Path(data_dir) / name / f"{split}.bin") for split in ("train", "val")}
+        paths = [Path(data_dir) / name / f"{split}.bin" for split in ("train", "val")]
+        self.tokens = {path.stem: self._open(path) for path in paths}
+        small = sum(map(len, self.tokens.values())) <= CHECKED
+        if small and self.meta.get("sha256") not in (None, sha256_of(*paths)):
+            raise UserError(f"{paths[0]} or val.bin is not what meta.json has the sha256 of: make the dataset again")
 
     @property
     def is_task(self):
@@ -56,21 +68,32 @@ class Dataset:
 
     def _open(self, path):
         size = path.stat().st_size
-        length = self.example_length if self.is_task else self.block_size + 1
         if size % 2:
             raise UserError(f"{path} holds {size} bytes, half a uint16 token too many: make it again")
-        if size < 2 * length:
+        n, expected = size // 2, self.meta.get(f"{path.stem}_tokens")
+        if expected not in (None, n):
+            raise UserError(f"{path} holds {n} tokens, but meta.json says {expected}: make it again")
+        if n < self._length:
             raise UserError(
-                f"{path} holds {size // 2} tokens, and one sequence takes {length}: give more text or a smaller block_size"
+                f"{path} holds {n} tokens, and one sequence takes {self._length}: give more text or a smaller block_size"
             )
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        if self.is_task and len(tokens) % length:
-            raise UserError(f"{path} holds {len(tokens)} tokens, no multiple of example_length {length}: make it again")
-        if tokens.max() >= self.meta["vocab_size"]:
-            raise UserError(
-                f"{path} holds token {tokens.max()}, but meta.json says vocab_size {self.meta['vocab_size']}: make it again"
-            )
+        try:
+            tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}): check its permissions")
+        if self.is_task and len(tokens) % self._length:
+            raise UserError(f"{path} holds {len(tokens)} tokens, no multiple of example_length {self._length}: make it again")
+        block = 1 << 16
+        starts = np.linspace(0, max(0, len(tokens) - block), min(-(-len(tokens) // block), CHECKED // block), dtype=np.int64)
+        self._check_range(path, max(tokens[start : start + block].max() for start in starts))
         return tokens
+
+    def _check_range(self, path, largest):
+        """Batches are checked, too: in a large file _open has not seen all tokens."""
+        if largest >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{path} holds token {largest}, but meta.json says vocab_size {self.meta['vocab_size']}: make it again"
+            )
 
     def batch(self, split, batch_size, generator):
         """Random sequences, drawn with replacement by a torch.Generator."""
@@ -84,17 +107,27 @@ class Dataset:
 
     def sequential(self, split, batch_size, n_batches=None):
         """The split from its beginning in sequences that do not overlap, up to n_batches; a rest shorter than one sequence
-        is left out."""
-        tokens = self.tokens[split]
-        step = self.example_length if self.is_task else self.block_size
-        last = len(tokens) - (self.example_length if self.is_task else self.block_size + 1)
-        starts = torch.arange(0, last + 1, step).split(batch_size)
-        for chunk in starts[:n_batches]:
-            yield self._cut(tokens, chunk)
+        is left out. Of a split of more than EVALUATED tokens so many, in sequences evenly spread over it: always the same."""
+        starts = self._starts(split)
+        for chunk in starts.split(batch_size)[:n_batches]:
+            yield self._cut(self.tokens[split], chunk)
+
+    def part(self, split):
+        """What `sequential` takes of a split, in words; "" if it is all."""
+        starts, n_tokens = self._starts(split), len(self.tokens[split])
+        is_all = n_tokens - len(starts) * self._stride <= self._stride
+        return "" if is_all else f"{len(starts) * self._stride:,} of the {n_tokens:,} tokens of {split}.bin, evenly spread"
+
+    def _starts(self, split):
+        """Where the sequences of `sequential` start: (N,) int64."""
+        n_sequences = (len(self.tokens[split]) - self._length) // self._stride + 1
+        n_taken = min(n_sequences, max(1, EVALUATED // self._stride))
+        return torch.arange(n_taken) * n_sequences // n_taken * self._stride
 
     def _cut(self, tokens, starts):
-        length = self.example_length if self.is_task else self.block_size + 1
-        rows = torch.from_numpy(tokens[starts[:, None].numpy() + np.arange(length)].astype(np.int64))  # (B, length)
+        rows = tokens[starts[:, None].numpy() + np.arange(self._length)]  # (B, length)
+        self._check_range(tokens.filename, rows.max())
+        rows = torch.from_numpy(rows.astype(np.int64))
         x, y = rows[:, :-1].clone(), rows[:, 1:].clone()
         if self.is_task:
             y[:, : self.answer_start - 1] = -1
@@ -112,6 +145,8 @@ def read_meta(folder):
             raise UserError(f"{folder / name} is missing: run `python data/prepare.py {command}`")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError("it is no object")
         numbers = [meta["vocab_size"]] + [meta[key] for key in ("example_length", "answer_start") if key in meta]
         if not isinstance(meta["tokenizer"], str) or not all(type(n) is int and 0 < n <= 65536 for n in numbers):
             raise ValueError("a value of the wrong kind")
@@ -119,8 +154,16 @@ def read_meta(folder):
             "example_length", 1
         ):
             raise ValueError("example_length and answer_start do not fit")
-        if meta["tokenizer"] == "char" and len(meta["characters"]) != meta["vocab_size"]:
+        if meta["tokenizer"] == "char" and not (
+            isinstance(meta["characters"], str)
+            and len(set(meta["characters"])) == len(meta["characters"]) == meta["vocab_size"]
+        ):
             raise ValueError("characters and vocab_size do not fit")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        kinds = {"train_tokens": int, "val_tokens": int, "sha256": str}
+        if not all(type(meta[key]) is kind for key, kind in kinds.items() if key in meta):
+            raise ValueError("a value of the wrong kind")
+    except OSError as error:
+        raise UserError(f"cannot read {folder / 'meta.json'} ({error.strerror}): check its permissions")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / 'meta.json'} is damaged ({type(error).__name__}: {error}): make the dataset again")
     return meta

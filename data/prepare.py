@@ -4,20 +4,25 @@ Make a dataset: text or toy examples in, token files out (data/<name>/train.bin,
     python data/prepare.py addition                            all 10,000 problems dd+dd=ddd
     python data/prepare.py shakespeare [--file=PATH]           tiny Shakespeare by characters; downloads 1.1 MB without --file
     python data/prepare.py text PATH... --name=NAME [--tokenizer=gpt2|char|byte]
-                                                               any UTF-8 files or folders, streamed
+                                                               any UTF-8 files or folders, streamed; with gpt2 a .jsonl file
+                                                               holds a document per line, {"text": ...}
+    python data/prepare.py openwebtext [--subsets=K] [--folder=PATH]
+                                                               GPT-2's kind of text, streamed; downloads 0.6 GB per subset
+                                                               without --folder; an interrupted run goes on when run again
     python data/prepare.py examples FILE --name=NAME           a toy task: one prompt<TAB>answer line per example
     python data/prepare.py COMMAND --help                      the options of a command
 """
 
 import codecs
 import hashlib
-import json
 import os
-import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +31,16 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this file sees the project, too
 
 import config as command_line
-from config import UserError, arguments, option
+from config import UserError, arguments, collected, option
+from data import openwebtext
+from data.documents import Document, Unit, as_they_are, cut, read_lines, split_of, text_of, tokenisers
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from data.writer import DatasetWriter
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CHUNK = 1 << 20  # bytes of text held at once
+UNIT = 64 << 20  # bytes of text files that are finished together, and of the longest line of .jsonl
 
 
 @dataclass
@@ -50,11 +59,21 @@ class Text:
     paths: tuple = arguments("one or more files or folders", 1, 1_000_000)
     name: str = option("", "of the dataset")
     tokenizer: str = option("gpt2", "what a token is", choices=("gpt2", "char", "byte"))
-    val_fraction: float = option(0.1, "the last part of the text, held out for validation", above=0, below=1)
+    val_fraction: float = option(0.1, "held out for validation: the last part of the text, or documents", above=0, below=1)
+    workers: int = option(0, "processes that tokenise, with gpt2; 0: one per core", at_least=0)
     data_dir: str = option("data", "where the dataset's folder goes")
 
     def problems(self):
         return name_problems(self.name, self.data_dir)
+
+
+@dataclass
+class OpenWebText:
+    subsets: int = option(21, "how many of the 21 archives; each has about 400 million tokens", at_least=1, below=22)
+    folder: str = option("", "local copies of the archives; empty: download them")
+    val_fraction: float = option(0.0005, "of the documents, held out for validation", above=0, below=1)
+    workers: int = option(0, "processes that tokenise; 0: one per core", at_least=0)
+    data_dir: str = option("data", "where the dataset's folder goes")
 
 
 @dataclass
@@ -69,7 +88,13 @@ class Examples:
         return name_problems(self.name, self.data_dir)
 
 
-COMMANDS = {"addition": Addition, "shakespeare": Shakespeare, "text": Text, "examples": Examples}
+COMMANDS = {
+    "addition": Addition,
+    "shakespeare": Shakespeare,
+    "text": Text,
+    "examples": Examples,
+    "openwebtext": OpenWebText,
+}
 
 
 def name_problems(name, data_dir):
@@ -84,14 +109,22 @@ def name_problems(name, data_dir):
 # Text
 
 
-def prepare_text(paths, folder, tokenizer_name, val_fraction):
+def prepare_text(paths, folder, tokenizer_name, val_fraction, workers=1):
     """Tokenise files and folders, in the order given (folders: every file in them, by name), into train.bin and val.bin.
-    Memory stays at a few chunks whatever the size of the text. Raises UserError for missing, empty or non-UTF-8 files."""
+    Memory stays at a few chunks whatever the size of the text. With gpt2 every file is a document, and every line of a
+    .jsonl file, and the split is by document where that puts ten or more into validation; else validation is the end of the
+    text. Raises UserError for missing, empty or non-UTF-8 files."""
     files = [file for path in paths for file in files_of(Path(path))]
     for file in files:
         if file.stat().st_size == 0:
             raise UserError(f"{file} is empty: leave it out")
     total = sum(file.stat().st_size for file in files)
+    if tokenizer_name == "gpt2":
+        by_document = count_documents(files, total) * val_fraction >= 10
+        settings = {"command": "text", "val_fraction": val_fraction, "by_document": by_document}
+        units = file_units(files, val_fraction if by_document else None)
+        return prepare_documents(units, folder, settings, val_fraction, workers, by_document)
+    tokenizer = ByteTokenizer()
     if tokenizer_name == "char":
         characters = set()
         with progress(total, "counting characters") as bar:
@@ -99,16 +132,133 @@ def prepare_text(paths, folder, tokenizer_name, val_fraction):
                 for chunk in chunks(file, bar):
                     characters |= set(chunk)
         tokenizer = CharTokenizer("".join(sorted(characters)))
-    else:
-        tokenizer = {"gpt2": GPT2Tokenizer, "byte": ByteTokenizer}[tokenizer_name]()
     with DatasetWriter(folder) as writer:
         with progress(total, "tokenising") as bar:
             for file in files:
                 for chunk in chunks(file, bar):
                     writer.write(tokenizer.encode(chunk))
-                if tokenizer_name == "gpt2":
-                    writer.write(np.array([tokenizer.end_of_text], dtype=np.uint16))
-        return writer.finish(int(writer.n_tokens * (1 - val_fraction)), tokenizer.meta())
+        return writer.finish(tokenizer.meta(), int(writer.n_tokens * (1 - val_fraction)))
+
+
+def prepare_documents(units, folder, settings, val_fraction, workers, by_document=True, make_tokenizer=GPT2Tokenizer):
+    """Tokenise units of documents, each document followed by end-of-text, on so many processes (0: one per core). Goes on
+    after the units that an interrupted run with the same settings finished. by_document: the split is made already."""
+    tokenizer, began = make_tokenizer(), time.monotonic()
+    size = sum(unit.size for unit in units)
+    workers = 1 if 0 < size < 4 * CHUNK else workers or n_cores()  # for a small text, starting others would take longer
+    with DatasetWriter(folder, settings, [unit.name for unit in units]) as writer:
+        before, n_done = writer.n_tokens, len(writer.done)
+        if n_done:
+            print(f"going on after {n_done} of {len(units)} parts, {before:,} tokens", flush=True)
+        done_size = sum(unit.size for unit in units[:n_done])
+        with tokenisers(make_tokenizer, val_fraction, workers) as encode, progress(size or None, "", done_size) as bar:
+            for i, unit in enumerate(units[n_done:], n_done + 1):
+                bar.set_description(f"tokenising, part {i} of {len(units)}")
+                for encoded in encode(unit.jobs(bar)):
+                    for split, tokens in encoded.tokens.items():
+                        writer.write(tokens, split)
+                    writer.documents += encoded.documents
+                    writer.left_out.update(encoded.left_out)
+                    bar.set_postfix_str(f"{writer.n_tokens / 1e6:,.1f}M tokens", refresh=False)
+                writer.save(unit.name)
+        rate = (writer.n_tokens - before) / (time.monotonic() - began)
+        meta = writer.finish(tokenizer.meta(), None if by_document else int(writer.n_tokens * (1 - val_fraction)))
+    left_out = ", ".join(f"{n:,} {reason}" for reason, n in sorted(meta["left_out"].items()))
+    print(f"{meta['documents']:,} documents" + (f" (left out: {left_out})" if left_out else ""), end=", ")
+    print(f"{rate:,.0f} tokens/s with --workers={workers}")
+    return meta
+
+
+def n_cores():
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_documents(files, total):
+    """How many documents files hold. Raises UserError for the first five that are no UTF-8 text, before hours of work."""
+    n_documents, problems = 0, []
+    with progress(total, "checking") as bar:
+        for file in files:
+            with collected(problems):
+                if file.suffix == ".jsonl":
+                    n_documents += sum(block.count(b"\n") + 1 for block in line_blocks(file, bar))
+                else:
+                    for _ in chunks(file, bar):
+                        pass
+                    n_documents += 1
+            if len(problems) == 5:
+                break
+    if problems:
+        raise UserError("\n".join(problems))
+    return n_documents
+
+
+def file_units(files, val_fraction):
+    """Files as units of about UNIT bytes, each named by a hash of its files' paths, sizes and times. val_fraction: None if the
+    split is not by document."""
+    units, group, size = [], [], 0
+    for i, file in enumerate(files, 1):
+        group.append(file)
+        size += file.stat().st_size
+        if size >= UNIT or i == len(files):
+            facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in group]
+            name = hashlib.sha256(repr(facts).encode("utf-8", errors="backslashreplace")).hexdigest()[:16]
+            units.append(Unit(name, size, partial(file_jobs, group, val_fraction)))
+            group, size = [], 0
+    return units
+
+
+def file_jobs(files, val_fraction, bar):
+    """Jobs of about CHUNK bytes: small files together, parts of large ones, lines of .jsonl."""
+    documents, size = [], 0
+    for file in files:
+        if file.suffix == ".jsonl":
+            yield as_they_are, documents
+            documents, size = [], 0
+            yield from ((partial(read_lines, split=None if val_fraction else "train"), raw) for raw in line_blocks(file, bar))
+            continue
+        for document in file_documents(file, val_fraction, bar):
+            documents.append(document)
+            size += len(document.text)
+            if size >= CHUNK:
+                yield as_they_are, documents
+                documents, size = [], 0
+    yield as_they_are, documents
+
+
+def file_documents(file, val_fraction, bar):
+    """A text file in parts; the first one decides the split of all."""
+    split = None if val_fraction else "train"
+    for text in chunks(file, bar):
+        split = split or split_of(text, val_fraction)
+        yield Document(text, split, ends=False)
+    yield Document("", split)
+
+
+def line_blocks(file, bar):
+    """The bytes of a .jsonl file in blocks of whole lines. Raises UserError if the first line holds no text."""
+    rest, first = b"", True
+    with opened(file) as stream:
+        while data := stream.read(CHUNK):
+            bar.update(len(data))
+            lines, newline, rest = (rest + data).rpartition(b"\n")
+            if len(rest) > UNIT:
+                raise UserError(f'{file} holds a line of more than {UNIT >> 20} MB: write one {{"text": ...}} per line')
+            if newline:
+                if first:
+                    check_first_line(file, lines)
+                    first = False
+                yield lines
+    if rest:
+        if first:
+            check_first_line(file, rest)
+        yield rest
+
+
+def check_first_line(file, lines):
+    problem = text_of(lines.split(b"\n", 1)[0])[1]
+    if problem and problem != "empty":
+        raise UserError(f'the first line of {file} is {problem}: write one {{"text": ...}} per line')
 
 
 def files_of(path):
@@ -123,16 +273,20 @@ def files_of(path):
     return files
 
 
-def chunks(file, bar):
-    """The text of a file in pieces of about CHUNK bytes, each cut before white space. No GPT-2 token reaches from before
-    a run of white space into it, so the tokens are the same as if the file were encoded whole (but where a whole piece has
-    no white space at all: that is cut anywhere)."""
-    decode, rest, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
+@contextmanager
+def opened(file):
     try:
-        stream = open(file, "rb")
+        with open(file, "rb") as stream:
+            yield stream
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}): check its permissions or leave it out")
-    with stream:
+
+
+def chunks(file, bar):
+    """The text of a file in pieces of about CHUNK bytes, each cut before white space where there is some, so that the tokens
+    are the same as if the file were encoded whole."""
+    decode, rest, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
+    with opened(file) as stream:
         while True:
             data = stream.read(CHUNK)
             try:
@@ -145,17 +299,14 @@ def chunks(file, bar):
                 if text:
                     yield text
                 return
-            cut = len(text.rstrip())  # before the white space at the end; if there is none, before the last one inside
-            if cut == len(text):
-                words = text.rsplit(None, 1)
-                cut = len(text[: -len(words[1])].rstrip()) if len(words) == 2 else len(text)
-            if cut > 0:
-                yield text[:cut]
-            rest = text[cut:]
+            end = cut(text)
+            if end > 0:
+                yield text[:end]
+            rest = text[end:]
 
 
-def progress(total, label):
-    return tqdm(total=total, unit="B", unit_scale=True, desc=label, leave=False)
+def progress(total, label, done=0):
+    return tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=label, leave=False)
 
 
 def download(url, path, sha256):
@@ -198,7 +349,7 @@ def prepare_examples(pairs, folder, val_fraction, seed=0):
     with DatasetWriter(folder) as writer:
         writer.write(train.ravel())
         writer.write(val.ravel())
-        return writer.finish(train.size, {**tokenizer.meta(), **task})
+        return writer.finish({**tokenizer.meta(), **task}, train.size)
 
 
 def read_examples(path):
@@ -226,57 +377,6 @@ def read_examples(path):
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token files
-
-
-class DatasetWriter:
-    """Collects tokens in a temporary file beside the dataset; `finish` splits it and puts the finished files in place.
-    Until then, and after any error, an older dataset of the same name stays as it was."""
-
-    def __init__(self, folder):
-        self.folder, self.temporary = Path(folder), Path(f"{folder}.tmp")
-        self.n_tokens, self._digest = 0, hashlib.sha256()
-
-    def __enter__(self):
-        try:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.temporary} ({error.strerror}): choose another --data_dir")
-        self._file = open(self.temporary / "train.bin", "wb")
-        return self
-
-    def __exit__(self, *exception):
-        self._file.close()
-        shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def write(self, tokens):
-        """Append uint16 tokens."""
-        self._file.write(tokens.tobytes())
-        self._digest.update(tokens.tobytes())
-        self.n_tokens += len(tokens)
-
-    def finish(self, n_train, meta):
-        """The first n_train tokens become train.bin, the others val.bin. Returns the contents of meta.json."""
-        self._file.close()
-        n_val = self.n_tokens - n_train
-        if n_train < 2 or n_val < 2:
-            raise UserError(
-                f"{self.n_tokens} tokens are too few to split into {n_train} for training and {n_val}: give more text"
-            )
-        with open(self.temporary / "train.bin", "r+b") as train, open(self.temporary / "val.bin", "wb") as val:
-            train.seek(2 * n_train)
-            shutil.copyfileobj(train, val)
-            train.truncate(2 * n_train)
-        meta = {**meta, "train_tokens": n_train, "val_tokens": n_val, "sha256": self._digest.hexdigest()}
-        (self.temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("train.bin", "val.bin", "meta.json"):
-            os.replace(self.temporary / name, self.folder / name)
-        return meta
-
-
 def main(argv):
     if not argv or argv[0] in ("--help", "-h"):
         print(__doc__)
@@ -298,7 +398,12 @@ def main(argv):
         meta = prepare_examples(read_examples(options.paths[0]), folder, options.val_fraction, options.seed)
     elif command == "text":
         folder = data_dir / options.name
-        meta = prepare_text(options.paths, folder, options.tokenizer, options.val_fraction)
+        meta = prepare_text(options.paths, folder, options.tokenizer, options.val_fraction, options.workers)
+    elif command == "openwebtext":
+        folder = data_dir / "openwebtext"
+        units = openwebtext.archives(options.subsets, options.folder)
+        settings = {"command": "openwebtext", "val_fraction": options.val_fraction}
+        meta = prepare_documents(units, folder, settings, options.val_fraction, options.workers)
     else:
         folder = data_dir / "shakespeare_char"
         source = Path(options.file) if options.file else data_dir / "tinyshakespeare.txt"
