@@ -148,7 +148,7 @@ def read_meta(folder):
         if not isinstance(meta, dict):
             raise ValueError("it is no object")
         numbers = [meta["vocab_size"]] + [meta[key] for key in ("example_length", "answer_start") if key in meta]
-        if not isinstance(meta["tokenizer"], str) or not all(type(n) is int and 0 < n <= 65536 for n in numbers):
+        if meta["tokenizer"] not in ("char", "byte", "gpt2") or not all(type(n) is int and 0 < n <= 65536 for n in numbers):
             raise ValueError("a value of the wrong kind")
         if ("example_length" in meta) != ("answer_start" in meta) or not meta.get("answer_start", 0) < meta.get(
             "example_length", 1

@@ -29,7 +29,7 @@ DAMAGE = (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, OverflowError)
 
 
 def archives(subsets, folder=""):
-    """The first so many archives as units: of the folder, by name, or else downloaded. Raises UserError if it has fewer."""
+    """The first so many archives as units: downloaded, or those of a folder, by name. Raises UserError if it has none."""
     if not folder:
         return [Unit(name, 0, partial(downloaded, URL.format(name), subsets - i)) for i, name in enumerate(ARCHIVES[:subsets])]
     if not Path(folder).is_dir():

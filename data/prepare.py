@@ -40,7 +40,8 @@ from data.writer import DatasetWriter
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CHUNK = 1 << 20  # bytes of text held at once
-UNIT = 64 << 20  # bytes of text files that are finished together, and of the longest line of .jsonl
+UNIT = 256 << 20  # bytes of text files that are finished together: what an interruption costs at most, but for a longer file
+LINE = 64 << 20  # bytes of the longest line of .jsonl
 
 
 @dataclass
@@ -123,7 +124,7 @@ def prepare_text(paths, folder, tokenizer_name, val_fraction, workers=1):
         by_document = count_documents(files, total) * val_fraction >= 10
         settings = {"command": "text", "val_fraction": val_fraction, "by_document": by_document}
         units = file_units(files, val_fraction if by_document else None)
-        return prepare_documents(units, folder, settings, val_fraction, workers, by_document)
+        return prepare_documents(units, folder, GPT2Tokenizer, settings, val_fraction, workers, by_document)
     tokenizer = ByteTokenizer()
     if tokenizer_name == "char":
         characters = set()
@@ -140,9 +141,10 @@ def prepare_text(paths, folder, tokenizer_name, val_fraction, workers=1):
         return writer.finish(tokenizer.meta(), int(writer.n_tokens * (1 - val_fraction)))
 
 
-def prepare_documents(units, folder, settings, val_fraction, workers, by_document=True, make_tokenizer=GPT2Tokenizer):
+def prepare_documents(units, folder, make_tokenizer, settings, val_fraction, workers, by_document=True):
     """Tokenise units of documents, each document followed by end-of-text, on so many processes (0: one per core). Goes on
-    after the units that an interrupted run with the same settings finished. by_document: the split is made already."""
+    after the units that an interrupted run with the same settings finished. by_document: if not, all documents say train, and
+    the last val_fraction of their tokens become the validation split. Returns the contents of meta.json."""
     tokenizer, began = make_tokenizer(), time.monotonic()
     size = sum(unit.size for unit in units)
     workers = 1 if 0 < size < 4 * CHUNK else workers or n_cores()  # for a small text, starting others would take longer
@@ -242,8 +244,8 @@ def line_blocks(file, bar):
         while data := stream.read(CHUNK):
             bar.update(len(data))
             lines, newline, rest = (rest + data).rpartition(b"\n")
-            if len(rest) > UNIT:
-                raise UserError(f'{file} holds a line of more than {UNIT >> 20} MB: write one {{"text": ...}} per line')
+            if len(rest) > LINE:
+                raise UserError(f'{file} holds a line of more than {LINE >> 20} MB: write one {{"text": ...}} per line')
             if newline:
                 if first:
                     check_first_line(file, lines)
@@ -255,8 +257,8 @@ def line_blocks(file, bar):
         yield rest
 
 
-def check_first_line(file, lines):
-    problem = text_of(lines.split(b"\n", 1)[0])[1]
+def check_first_line(file, raw):
+    problem = text_of(raw.lstrip().split(b"\n", 1)[0])[1] if raw.strip() else None
     if problem and problem != "empty":
         raise UserError(f'the first line of {file} is {problem}: write one {{"text": ...}} per line')
 
@@ -403,7 +405,7 @@ def main(argv):
         folder = data_dir / "openwebtext"
         units = openwebtext.archives(options.subsets, options.folder)
         settings = {"command": "openwebtext", "val_fraction": options.val_fraction}
-        meta = prepare_documents(units, folder, settings, options.val_fraction, options.workers)
+        meta = prepare_documents(units, folder, GPT2Tokenizer, settings, options.val_fraction, options.workers)
     else:
         folder = data_dir / "shakespeare_char"
         source = Path(options.file) if options.file else data_dir / "tinyshakespeare.txt"

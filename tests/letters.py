@@ -24,3 +24,11 @@ class Mortal(Letters):
         if "die" in text:
             os._exit(1)
         return super().encode(text)
+
+
+def split_texts(folder, split):
+    """The documents of a split: every one ends with end-of-text."""
+    tokens = np.fromfile(folder / f"{split}.bin", dtype=np.uint16)
+    assert tokens[-1] == Letters.end_of_text
+    ends = np.flatnonzero(tokens == Letters.end_of_text)
+    return [bytes(part[part < 256].astype(np.uint8)).decode() for part in np.split(tokens, ends + 1)[:-1]]

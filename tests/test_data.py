@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from config import UserError
-from data import prepare
+from data import dataset, prepare
 from data.dataset import Dataset
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, tokenizer_of
 
@@ -218,6 +219,93 @@ def test_damaged_datasets_are_named(tmp_path):
         (folder / "meta.json").write_text(text)
         with pytest.raises(UserError, match="meta.json is damaged"):
             Dataset("mine", 8, folder.parent)
+
+
+def variants_of(content, rng):
+    """A file's content cut short, with bytes added, and with a bit changed."""
+    yield from (b"", content + b"\0\0", content + content)
+    for at in rng.integers(len(content), size=15):
+        yield content[:at]
+        yield content[:at] + bytes([content[at] ^ (1 << rng.integers(8))]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("name", ["sums", "mine"])
+def test_altered_token_files_are_errors(tmp_path, data_dir, name):
+    folder = text_dataset(tmp_path, "some text of a few words " * 20)
+    if name == "sums":
+        shutil.copytree(data_dir / "sums", folder.parent / "sums")
+    for path in [folder.parent / name / f"{split}.bin" for split in ("train", "val")]:
+        content = path.read_bytes()
+        for variant in variants_of(content, np.random.default_rng(0)):
+            path.write_bytes(variant)
+            with pytest.raises(UserError, match=r"train.bin|val.bin") as raised:
+                Dataset(name, 8, folder.parent)
+            assert len(str(raised.value).splitlines()) == 1
+        path.write_bytes(content)
+    Dataset(name, 8, folder.parent)
+
+
+@pytest.mark.parametrize("name", ["sums", "mine"])
+def test_altered_descriptions_are_errors_or_harmless(tmp_path, data_dir, name):
+    """meta.json with bits changed may say something else that is right, such as another character: then batches must come."""
+    folder = text_dataset(tmp_path, "some text of a few words " * 20)
+    if name == "sums":
+        shutil.copytree(data_dir / "sums", folder.parent / "sums")
+    path = folder.parent / name / "meta.json"
+    content = path.read_bytes()
+    meta, values = json.loads(content), [None, -1, 0, 1.5, True, "x", [], {}, 10**9, [[1]], float("nan")]
+    wrong = [json.dumps({**meta, key: value}) for key in meta for value in values]
+    wrong += [json.dumps({k: v for k, v in meta.items() if k != key}) for key in ("vocab_size", "tokenizer", "characters")]
+    wrong += ["[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}", "null", "7", "\ufeff" + content.decode()]
+    for text in wrong:
+        path.write_text(text)
+        with pytest.raises(UserError) as raised:
+            Dataset(name, 8, folder.parent)
+        assert len(str(raised.value).splitlines()) == 1
+    n_errors = 0
+    for variant in variants_of(content, np.random.default_rng(1)):
+        path.write_bytes(variant)
+        try:
+            data = Dataset(name, 8, folder.parent)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            n_errors += 1
+            continue
+        assert data.batch("train", 4, torch.Generator().manual_seed(0))[0].shape[0] == 4
+    assert n_errors >= 18, "whatever is cut short or has bytes added is an error"
+
+
+def test_a_token_out_of_range_is_found_in_its_batch(tmp_path, monkeypatch):
+    """Opening a large file looks at a part of it."""
+    folder = text_dataset(tmp_path, "abcd" * 400_000, tokenizer_name="byte")
+    monkeypatch.setattr(dataset, "CHECKED", 1 << 18)
+    Dataset("mine", 64, folder.parent)
+    tokens = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r+")
+    tokens[100_000] = 256
+    tokens.flush()
+    data = Dataset("mine", 64, folder.parent)
+    with pytest.raises(UserError, match="train.bin holds token 256, but meta.json says vocab_size 256: make it again"):
+        for _ in data.sequential("train", 100):
+            pass
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="train.bin holds token 256"):
+        Dataset("mine", 64, folder.parent)
+
+
+def test_of_a_large_split_a_spread_part_is_taken(tmp_path, data_dir, monkeypatch):
+    folder = text_dataset(tmp_path, "".join(chr(97 + i % 26) for i in range(50_000)), val_fraction=0.5)
+    data, sums = Dataset("mine", 64, folder.parent), Dataset("sums", 5, data_dir)
+    whole = torch.cat([x for x, _ in data.sequential("val", 7)])
+    assert len(whole) == 24_999 // 64 and data.part("val") == "" and sums.part("val") == ""
+    monkeypatch.setattr(dataset, "EVALUATED", 6400)
+    part = torch.cat([x for x, _ in data.sequential("val", 7)])
+    assert torch.equal(part, whole[torch.arange(100) * 390 // 100])
+    assert torch.equal(part[:14], torch.cat([x for x, _ in data.sequential("val", 7, 2)]))
+    assert data.part("val") == "6,400 of the 25,000 tokens of val.bin, evenly spread"
+    monkeypatch.setattr(dataset, "EVALUATED", 60)
+    assert sums.part("val") == "60 of the 600 tokens of val.bin, evenly spread"
+    examples = torch.from_numpy(sums.tokens["val"].astype(np.int64)).view(100, 6)
+    assert torch.equal(torch.cat([x for x, _ in sums.sequential("val", 3)]), examples[::10, :5])
 
 
 def test_paths_that_cannot_be_written_or_read(tmp_path, program):

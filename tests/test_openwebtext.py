@@ -1,4 +1,4 @@
-"""Documents to token files: OpenWebText's archives, folders and .jsonl; what is left out, what ends a run, what is kept."""
+"""OpenWebText's archives to token files: what comes out, what is left out, what ends a run, and what is kept then."""
 
 import errno
 import http.server
@@ -10,14 +10,13 @@ import random
 import tarfile
 import threading
 
-import numpy as np
 import pytest
 
 from config import UserError
 from data import documents, openwebtext, prepare
 from data.dataset import Dataset
 from data.writer import DatasetWriter, sha256_of
-from tests.letters import Letters, Mortal
+from tests.letters import Letters, Mortal, split_texts
 
 
 def tar(members):
@@ -53,17 +52,7 @@ def folder(tmp_path):
 
 def run(folder, out, subsets=21, workers=1, val_fraction=0.3, make_tokenizer=Letters):
     units = openwebtext.archives(subsets, str(folder) if folder else "")
-    return prepare.prepare_documents(
-        units, out, {"val_fraction": val_fraction}, val_fraction, workers, make_tokenizer=make_tokenizer
-    )
-
-
-def split_texts(out, split):
-    """The documents of a split: every one ends with end-of-text."""
-    tokens = np.fromfile(out / f"{split}.bin", dtype=np.uint16)
-    assert tokens[-1] == Letters.end_of_text
-    ends = np.flatnonzero(tokens == Letters.end_of_text)
-    return [bytes(part[part < 256].astype(np.uint8)).decode() for part in np.split(tokens, ends + 1)[:-1]]
+    return prepare.prepare_documents(units, out, make_tokenizer, {"val_fraction": val_fraction}, val_fraction, workers)
 
 
 def contents(out):
@@ -321,7 +310,7 @@ def server(folder, monkeypatch):
     monkeypatch.setattr(openwebtext, "URL", f"http://127.0.0.1:{server.server_port}/{{}}")
     monkeypatch.setattr(openwebtext.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
     server.shutdown()

@@ -26,7 +26,14 @@ def quick(command):
     """Whether it takes seconds, needs no network and no GPU."""
     return not any(
         word in command
-        for word in ("pip install", "prepare.py shakespeare", "shakespeare_char_gpu", "train.py shakespeare_char\n")
+        for word in (
+            "pip install",
+            "prepare.py shakespeare",
+            "prepare.py openwebtext",
+            "tokenizer=gpt2",
+            "shakespeare_char_gpu",
+            "train.py shakespeare_char\n",
+        )
     )
 
 
