@@ -70,7 +70,7 @@ class Text:
 
 @dataclass
 class OpenWebText:
-    subsets: int = option(21, "how many of the 21 archives; each has about 400 million tokens", at_least=1, below=22)
+    subsets: int = option(21, "how many of the 21 archives; each has about 430 million tokens", at_least=1, below=22)
     folder: str = option("", "local copies of the archives; empty: download them")
     val_fraction: float = option(0.0005, "of the documents, held out for validation", above=0, below=1)
     workers: int = option(0, "processes that tokenise; 0: one per core", at_least=0)

@@ -112,8 +112,9 @@ def test_an_interrupted_run_over_files_goes_on(tmp_path, letters, monkeypatch, c
     assert "going on after 2 of 3 parts" in capsys.readouterr().out
 
 
-def test_gpt2_documents_from_the_command_line(tmp_path, program, real_text):
+def test_gpt2_documents_from_the_command_line(tmp_path, program, real_text, monkeypatch):
     needs_gpt2()
+    monkeypatch.setattr(documents, "PIECE", 90)
     text = real_text.read_text(encoding="utf-8")[:40_000]
     texts = [text[i : i + 200] for i in range(0, len(text), 200)]
     (tmp_path / "in.jsonl").write_text(lines(texts))

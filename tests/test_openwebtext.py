@@ -207,6 +207,16 @@ def test_enough_of_an_interrupted_run_is_a_dataset(folder, interrupted):
     assert meta["documents"] == 20
 
 
+def test_what_a_killed_process_wrote_after_its_record_is_dropped(tmp_path, folder, interrupted):
+    for split in ("train", "val"):
+        with open(tmp_path / "out.tmp" / f"{split}.bin", "ab") as file:
+            file.write(b"\x01\x02\x03" * 1000)
+    (tmp_path / "out.tmp" / "progress.new").write_text("{")
+    run(folder, interrupted)
+    run(folder, tmp_path / "whole")
+    assert contents(interrupted) == contents(tmp_path / "whole")
+
+
 def test_an_interrupted_run_is_not_deleted_by_another(tmp_path, folder, interrupted):
     before = contents(tmp_path / "out.tmp")
     with pytest.raises(UserError, match="holds an interrupted run with other options or text: repeat its command"):
@@ -329,15 +339,15 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path, folder, server):
 @pytest.mark.parametrize(
     "plan, sentence, n_asked",
     [
-        ([404], r"cannot download .*/urlsf_subset01.tar \(Not Found\): try again later, or get the archives by other", 1),
-        ([503] * 9, r"cannot download .*/urlsf_subset01.tar \(Service Unavailable\)", 5),
-        ([100] + [0] * 9, r"cannot download .*/urlsf_subset01.tar \(the connection ended early\)", 5),
-        ([100, 200], r"urlsf_subset01.tar changed or cannot be read in parts", 2),
+        ([404], r"cannot download [^ ]*/urlsf_subset01.tar \(Not Found\): try again later, or get the archives by other", 1),
+        ([503] * 9, r"cannot download [^ ]*/urlsf_subset01.tar \(Service Unavailable\)", 5),
+        ([100] + [0] * 9, r"cannot download [^ ]*/urlsf_subset01.tar \(the connection ended early\)", 5),
+        ([100, 200], r"http[^ ]*/urlsf_subset01.tar changed or cannot be read in parts", 2),
     ],
 )
 def test_a_failed_download_keeps_the_finished_archives(tmp_path, server, plan, sentence, n_asked):
     server.plan = [None, *plan]
-    with pytest.raises(UserError, match=sentence + ".*\n1 of 3 parts are kept: run the same command again"):
+    with pytest.raises(UserError, match=f"^{sentence}.*\n1 of 3 parts are kept: run the same command again"):
         run(None, tmp_path / "out", subsets=3)
     assert len(server.asked) == 1 + n_asked
     server.plan = []
