@@ -23,7 +23,7 @@ from data.documents import Document, Unit
 
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/{}"
 ARCHIVES = [f"urlsf_subset{i:02d}.tar" for i in range(21)]
-PACKED, UNPACKED = 16 << 20, 64 << 20  # bytes of the largest member that is read; true ones have about 0.6 and 2 MB
+PACKED, UNPACKED = 8 << 20, 32 << 20  # bytes of the largest member that is read; true ones have about 0.6 and 2 MB
 ATTEMPTS = 5  # to get on with an interrupted download
 DAMAGE = (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, OverflowError)
 
