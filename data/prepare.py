@@ -164,11 +164,10 @@ def prepare_documents(units, folder, make_tokenizer, settings, val_fraction, wor
                     bar.set_postfix_str(f"{writer.n_tokens / 1e6:,.1f}M tokens", refresh=False)
                 writer.save(unit.name)
         rate = (writer.n_tokens - before) / (time.monotonic() - began)
-        meta = writer.finish(tokenizer.meta(), None if by_document else int(writer.n_tokens * (1 - val_fraction)))
-    left_out = ", ".join(f"{n:,} {reason}" for reason, n in sorted(meta["left_out"].items()))
-    print(f"{meta['documents']:,} documents" + (f" (left out: {left_out})" if left_out else ""), end=", ")
-    print(f"{rate:,.0f} tokens/s with --workers={workers}")
-    return meta
+        left_out = ", ".join(f"{n:,} {reason}" for reason, n in sorted(writer.left_out.items()))
+        print(f"{writer.documents:,} documents" + (f" (left out: {left_out})" if left_out else ""), end=", ")
+        print(f"{rate:,.0f} tokens/s with --workers={workers}", flush=True)
+        return writer.finish(tokenizer.meta(), None if by_document else int(writer.n_tokens * (1 - val_fraction)))
 
 
 def n_cores():

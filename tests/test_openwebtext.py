@@ -131,6 +131,14 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*outside*"))
 
 
+def test_an_archive_of_nothing_says_what_was_left_out(tmp_path, capsys):
+    (tmp_path / "x.tar").write_bytes(tar([("1.xz", b"no xz"), ("2.xz", packed([" "]))]))
+    with pytest.raises(UserError, match="0 tokens are too few to split into 0 for training and 0: give more text$"):
+        run(tmp_path, tmp_path / "out")
+    assert "0 documents (left out: 1 damaged, 1 empty)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
 def test_altered_archives_end_in_a_sentence_or_in_fewer_documents(tmp_path, folder):
     """60 archives with a byte changed, and 40 cut short: no text comes out that was not put in."""
     whole = (folder / "urlsf_subset00.tar").read_bytes()
