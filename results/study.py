@@ -43,8 +43,7 @@ from resume import read_log
 # What every variant starts from: the CPU recipes, with these fields as they were when the study was made.
 BASE = dict(
     gate="hard_concrete",
-    gate_input="low_rank",
-    gate_rank=16,
+    gate_input="score",
     gate_bias=5.0,
     loss_tolerance=0.01,
     multiplier_max=2.0,
@@ -64,14 +63,9 @@ DATASETS = {
 # The edits
 
 
-def stretched(beta, gamma, zeta):
-    """A hard-concrete gate of another temperature and stretch."""
-    gates.GATES["hard_concrete"] = partial(gates.HardConcrete, beta, gamma, zeta)
-
-
-def cutoff(t):
-    """While evaluating, gates no larger than t are closed."""
-    gates.GATES["hard_concrete"] = partial(gates.HardConcrete, cutoff=t)
+def hard_concrete(**settings):
+    """A hard-concrete gate with other settings than the project's."""
+    gates.GATES["hard_concrete"] = partial(gates.HardConcrete, **{"cutoff": 0.5, **settings})
 
 
 def sealed():
@@ -209,22 +203,18 @@ def softplus_price(factor):
     return lambda gate, log_alpha: gate.open_probability(log_alpha) + factor * F.softplus(log_alpha)
 
 
-WIDE = partial(stretched, 2 / 3, -0.5, 1.5)
 VARIANTS = {
-    "reference": Variant("the reference, cutoff 0"),
+    "reference": Variant("the reference"),
     # what distribution
-    "above25": Variant("the same weights, cutoff 0.25", partial(cutoff, 0.25), of="reference"),
-    "above50": Variant("the same weights, cutoff 0.5", partial(cutoff, 0.5), of="reference"),
-    "wide": Variant("hard concrete, stretched to (-0.5, 1.5)", WIDE),
-    "wider": Variant("hard concrete, stretched to (-1, 2)", partial(stretched, 2 / 3, -1.0, 2.0)),
-    "cold": Variant("hard concrete, temperature 1/3", partial(stretched, 1 / 3, -0.1, 1.1)),
+    "above0": Variant("the same weights, cutoff 0", partial(hard_concrete, cutoff=0.0), of="reference"),
+    "above25": Variant("the same weights, cutoff 0.25", partial(hard_concrete, cutoff=0.25), of="reference"),
+    "wide": Variant("hard concrete, stretched to (-0.5, 1.5)", partial(hard_concrete, gamma=-0.5, zeta=1.5)),
+    "cold": Variant("hard concrete, temperature 1/3", partial(hard_concrete, beta=1 / 3)),
     "bernoulli": Variant("Bernoulli, straight-through", fields=dict(gate="bernoulli")),
     # what the gate sees
-    "score": Variant("the attention score", fields=dict(gate_input="score")),
-    "rank4": Variant("own query and key of 4 dimensions", fields=dict(gate_rank=4)),
+    "low_rank": Variant("own query and key, 16 dimensions", fields=dict(gate_input="low_rank")),
     "reference_sealed": Variant("the reference, sealed", sealed, of="reference"),
-    "bernoulli_sealed": Variant("`bernoulli`, sealed", sealed, of="bernoulli", fields=dict(gate="bernoulli")),
-    "score_sealed": Variant("`score`, sealed", sealed, of="score"),
+    "low_rank_sealed": Variant("`low_rank`, sealed", sealed, of="low_rank", fields=dict(gate_input="low_rank")),
     # what an edge costs
     "expected": Variant("P", partial(priced, softplus_price(0))),
     "softplus03": Variant("P + 0.3 softplus", partial(priced, softplus_price(0.3))),
@@ -243,19 +233,19 @@ VARIANTS = {
     "gates": Variant("only the gates train", partial(trains, ["gate"])),
     "lr_half": Variant("half the learning rates", lr_factor=0.5),
     "lr_double": Variant("twice the learning rates", lr_factor=2.0),
-    "steps2": Variant("`wide`, 5,000 steps", WIDE, fields=dict(sparsify_steps=5000)),
-    "steps4": Variant("`wide`, 10,000 steps", WIDE, fields=dict(sparsify_steps=10_000)),
+    "steps2": Variant("5,000 steps", fields=dict(sparsify_steps=5000)),
+    "steps4": Variant("10,000 steps", fields=dict(sparsify_steps=10_000)),
     # simpler ways to as few edges
     "top": Variant("largest weights of each head, not trained", partial(largest_weights, 0.0075), of="dense", seeds=(1,)),
     "top_trained": Variant("largest weights of each head, trained", partial(largest_weights, 0.0075), priced=False),
     "window": Variant("sliding window, trained", partial(window, 4), datasets=("shakespeare_char",), priced=False),
 }
 TABLES = {
-    "distribution": ["reference", "above25", "above50", "wide", "wider", "cold", "bernoulli"],
-    "input": ["reference", "rank4", "score", "reference_sealed", "bernoulli_sealed", "score_sealed"],
+    "distribution": ["reference", "above25", "above0", "wide", "cold", "bernoulli"],
+    "input": ["reference", "low_rank", "reference_sealed", "low_rank_sealed"],
     "price": ["reference", "softplus03", "expected", "softplus"],
     "multiplier": ["cap1", "reference", "cap4", "cap8", "start01", "rate3", "slow", "proportional", "tolerance03"],
-    "training": ["attention", "gates", "lr_half", "reference", "lr_double", "wide", "steps2", "steps4"],
+    "training": ["attention", "gates", "lr_half", "reference", "lr_double", "steps2", "steps4"],
     "baselines": ["reference", "top", "top_trained", "window"],
 }
 
@@ -287,7 +277,7 @@ def config_of(dataset, name, seed):
 def run_one(dataset, name, seed):
     """One run, in this process: nothing of the edit outlives it."""
     variant = VARIANTS[name]
-    gates.GATES["hard_concrete"] = gates.HardConcrete  # without the cutoff, which came out of the study
+    hard_concrete()
     train.draw = lambda *args: []  # pictures would show the project's gates, not the variant's
     if variant.edit is not None:
         variant.edit()
@@ -314,8 +304,8 @@ def finished(job):
 
 
 def train_all(jobs, lanes):
-    """Run every job (dataset, variant, seed) without a summary.json, in processes of their own. Raises UserError, after the others
-    are done, if some failed."""
+    """Run every job (dataset, variant, seed) without a summary.json, in processes of their own. Raises UserError, after the
+    others are done, if some failed."""
     waiting, running, failed = [job for job in jobs if not finished(job)], {}, []
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if lanes > 1 else dict(os.environ)
@@ -407,7 +397,7 @@ def draw(path):
             raise UserError(f"{dataset} has no reference yet: run `python results/study.py --only=reference` first")
         curves[dataset] = {
             name: list(zip(*((line["step"], 100 * line["hard_edges"]) for line in runs[name][0]["lines"])))
-            for name in ("cap8", "reference", "cap1", "score", "bernoulli")
+            for name in ("cap8", "reference", "cap1", "low_rank", "bernoulli")
             if runs[name]
         }
         bound = runs["reference"][0]["dense_loss"] + BASE["loss_tolerance"]

@@ -76,21 +76,17 @@ def test_variants_that_are_only_evaluated(run_one, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "reference" / "sparse.pt")
     for name, p in checkpoint["model"].items():
         if name.endswith("gate_bias"):
-            p.copy_(torch.tensor([-2.0, -1.0]))  # gates of 0.04 and 0.22: open, but below both cutoffs
+            p.copy_(torch.tensor([-2.0, -1.0]))  # gates of 0.04 and 0.22: open only without a cutoff
     save_checkpoint(checkpoint, tmp_path / "reference" / "sparse.pt")
-    path = tmp_path / "reference" / "sparse.pt"
-    plain = model.GPT.from_pretrained(path)
-    plain_edges = [run_one(name)["edges_hard"] for name in ("above25", "above50")]
-    assert plain_edges == [0, 0] and all(block.attn.gate.deterministic(torch.tensor(-1.0)) > 0 for block in plain.h)
+    edges = [run_one(name)["edges_hard"] for name in ("above25", "above0")]
+    assert edges[0] < edges[1]
     assert run_one("top")["edges_hard"] == pytest.approx(1 / 15)  # one of the 15 causal pairs of every head
 
 
-@pytest.mark.parametrize(
-    "edit, wanted", [(study.WIDE, (2 / 3, -0.5, 1.5, 0)), (lambda: study.cutoff(0.25), (2 / 3, -0.1, 1.1, 0.25))]
-)
-def test_edits_of_the_distribution(monkeypatch, edit, wanted):
+@pytest.mark.parametrize("name, wanted", [("wide", (2 / 3, -0.5, 1.5, 0.5)), ("above25", (2 / 3, -0.1, 1.1, 0.25))])
+def test_edits_of_the_distribution(monkeypatch, name, wanted):
     monkeypatch.setitem(gates.GATES, "hard_concrete", None)
-    edit()
+    study.VARIANTS[name].edit()
     gate = gates.GATES["hard_concrete"]()
     assert (gate.beta, gate.gamma, gate.zeta, gate.cutoff) == wanted
 
@@ -127,7 +123,7 @@ def queue(tmp_path, monkeypatch):
         def __init__(self, command, **_):
             dataset, name, seed = command[-3:]
             started.append(name)
-            self.returncode = int(name == "score")
+            self.returncode = int(name == "wide")
             if not self.returncode:
                 (study.folder_of(dataset, name, seed) / "summary.json").write_text("{}")
 
@@ -139,19 +135,19 @@ def queue(tmp_path, monkeypatch):
 
 
 def test_runs_wait_for_what_they_need_and_finished_ones_are_not_run_again(queue):
-    jobs = [("addition", name, 1) for name in ("above50", "reference", "cap1")]
+    jobs = [("addition", name, 1) for name in ("above0", "reference", "cap1")]
     study.train_all(jobs, 2)
-    assert sorted(queue) == ["above50", "cap1", "reference"] and queue.index("reference") < queue.index("above50")
+    assert sorted(queue) == ["above0", "cap1", "reference"] and queue.index("reference") < queue.index("above0")
     study.train_all(jobs, 2)
     assert len(queue) == 3
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(queue):
-    with pytest.raises(UserError, match="addition score 1 stopped: see .*output.txt"):
-        study.train_all([("addition", "score", 1), ("addition", "cap1", 1)], 1)
-    assert queue == ["score", "cap1"]
-    with pytest.raises(UserError, match="addition above50 1 needs reference"):
-        study.train_all([("addition", "above50", 1)], 1)
+    with pytest.raises(UserError, match="addition wide 1 stopped: see .*output.txt"):
+        study.train_all([("addition", "wide", 1), ("addition", "cap1", 1)], 1)
+    assert queue == ["wide", "cap1"]
+    with pytest.raises(UserError, match="addition above0 1 needs reference"):
+        study.train_all([("addition", "above0", 1)], 1)
 
 
 def test_bad_options(program):
