@@ -23,9 +23,9 @@ class UserError(ValueError):
     """Something that the user can put right. The message is one sentence per line: what, the value, what to do."""
 
 
-def option(default, help, at_least=None, above=None, below=None, choices=None):
-    """A dataclass field with one line of meaning and the values it may take."""
-    limits = dict(help=help, at_least=at_least, above=above, below=below, choices=choices)
+def option(default, help, at_least=None, above=None, below=None, choices=None, word=None):
+    """A dataclass field with one line of meaning and the values it may take. word: a value that is none of its type."""
+    limits = dict(help=help, at_least=at_least, above=above, below=below, choices=choices, word=word)
     return dataclasses.field(default=default, metadata=limits)
 
 
@@ -90,11 +90,14 @@ def is_flag(field):
 def convert(field, text):
     """text as a value of the field's type. Raises UserError."""
     kind = field.type if isinstance(field.type, str) else field.type.__name__
+    word = field.metadata.get("word")
+    if text == word is not None:
+        return word
     try:
         return {"str": str, "int": int, "float": finite, "bool": {"true": True, "false": False}.__getitem__}[kind](text)
     except (KeyError, ValueError):
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
-        raise UserError(f"--{field.name} is {text!r}: give {wanted}")
+        raise UserError(f"--{field.name} is {text!r}: give {wanted}" + (f", or {word}" if word else ""))
 
 
 def finite(text):
@@ -108,6 +111,8 @@ def check(config):
     problems = []
     for f in dataclasses.fields(config):
         value, m = getattr(config, f.name), f.metadata
+        if m.get("word") == value is not None:
+            continue
         if "count" in m and not m["count"][0] <= len(value) <= m["count"][1]:
             problems.append(f"give {m['help']}: {len(value)} were given")
         if m.get("choices") is not None and value not in m["choices"]:
@@ -146,15 +151,17 @@ def collected(problems):
 
 def run(main):
     """Run a program's main(argv). A UserError ends it with its sentences on stderr and exit code 2, Ctrl-C with one line and
-    exit code 130, both without a traceback."""
+    exit code 130, both without a traceback. Under torchrun every rank but the first says which it is."""
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"rank {rank}: "
     try:
         main(sys.argv[1:])
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"{who}error: {line}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
-        print(f"stopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
+        print(f"{who}stopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
         sys.exit(130)

@@ -10,6 +10,7 @@ Shapes: B batch, T positions, C width (n_embd), H heads, D = C / H, L layers, V 
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+import weights
 from config import UserError
 from gates import GATES, AttentionStats, attention_pattern, causal_mask, causal_scores, gated_attention
 
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         self.gate, self.gate_qk = None, None
         if config.gate != "none":
             self.gate = GATES[config.gate]()
-            self.gate_bias = nn.Parameter(torch.full((config.n_head,), float(config.gate_bias)))
+            self.gate_bias = nn.Parameter(torch.empty(config.n_head))
             if config.gate_input == "low_rank":  # the gates' own queries and keys in one
                 self.gate_qk = nn.Linear(config.n_embd, 2 * config.n_head * config.gate_rank, bias=False)
 
@@ -179,13 +182,16 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self._initialise()
+        self.activation_checkpointing = False  # True: training computes every block twice and keeps only its input
+        self._initialise(dict(self.named_parameters()))
 
-    def _initialise(self):
+    def _initialise(self, named):
         """GPT-2's: normal(0, 0.02), biases zero, and the layers that write to the residual stream scaled down by
-        1 / sqrt(2 L), so that its variance does not grow with depth."""
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+        1 / sqrt(2 L), so that its variance does not grow with depth. named: {name: parameter} to initialise."""
+        for name, p in named.items():
+            if name.endswith("gate_bias"):
+                nn.init.constant_(p, self.config.gate_bias)
+            elif name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif name.endswith("gate_qk.weight"):  # keys of zeros: all gates start at their bias, whatever the input
                 queries, keys = p.chunk(2)
@@ -213,7 +219,10 @@ class GPT(nn.Module):
         x = self.drop(self.embed(idx, 0 if cache is None else cache.length))  # (B, T, C)
         layer_stats = []
         for block in self.h:
-            x, stats = block(x, cache)
+            if self.activation_checkpointing and self.training:
+                x, stats = checkpoint(block, x, use_reentrant=False)  # with the same noise both times
+            else:
+                x, stats = block(x, cache)
             layer_stats.append(stats)
         if cache is not None:
             cache.length += idx.size(1)
@@ -249,6 +258,28 @@ class GPT(nn.Module):
         return AttentionRecord(torch.stack(patterns), torch.stack(gates))
 
     @torch.no_grad()
+    def open_gates(self, idx, mass=0.999, log_alpha=5.0):
+        """Set the gates' biases so that on tokens idx (B, T) the edges that hold `mass` of each head's attention weight have
+        a logit of at least log_alpha. With gate_input="score" that takes more than a bias of 5 where the scores of a head
+        are far below zero; with gates that see a query and a key of their own all biases are log_alpha."""
+        was_training = self.training
+        self.eval()
+        x = self.embed(idx)
+        for block in self.h:
+            if self.config.gate_input == "score":
+                q, k, _ = block.attn.qkv(block.ln_1(x))
+                scores = causal_scores(q, k).transpose(0, 1).flatten(1)  # (H, B T T)
+                pattern = causal_scores(q, k).softmax(dim=-1).transpose(0, 1).flatten(1)
+                scores, order = scores.sort(dim=1)
+                below = pattern.gather(1, order).double().cumsum(dim=1)  # weight of the edges up to this score
+                first = (below < (1 - mass) * below[:, -1:]).sum(dim=1, keepdim=True)
+                block.attn.gate_bias.copy_(log_alpha - scores.gather(1, first)[:, 0])
+            else:
+                block.attn.gate_bias.fill_(log_alpha)
+            x, _ = block(x)
+        self.train(was_training)
+
+    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx: (B, T) prompt -> (B, T + max_new_tokens). temperature 0 is greedy; top_k keeps the k likeliest tokens.
 
@@ -268,25 +299,48 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """The model of one of this project's checkpoints, in eval mode. source: its path; overrides: GPTConfig fields, for
-        instance gate="hard_concrete" to put gates on a dense model. Raises UserError if the file is missing or is none."""
-        return cls.from_checkpoint(load_checkpoint(source), source, **overrides)
+        """A trained model, in eval mode, on the CPU. source: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), a
+        folder in Hugging Face's GPT-2 layout, or the path of one of this project's checkpoints; overrides: GPTConfig fields,
+        for instance gate="hard_concrete" to put gates on a dense model. Raises UserError if the source is missing, damaged
+        or another model."""
+        return cls.from_source(open_source(source), **overrides)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint, source="the checkpoint", **overrides):
-        """As from_pretrained, from what load_checkpoint returned."""
+    @torch.no_grad()
+    def from_source(cls, source, **overrides):
+        """As from_pretrained, from a Source."""
         try:
-            model = cls(GPTConfig(**{**checkpoint["model_config"], **overrides}))
-            missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
-        except (RuntimeError, TypeError, KeyError) as error:  # a wrong shape, an unknown field
-            raise UserError(f"{source} does not hold a model of this version: {str(error).splitlines()[-1].strip()}")
-        if checkpoint["model_config"].get("gate") == "none":
-            missing = [name for name in missing if ".attn.gate_" not in name]  # gates may be new
-        if model.config.gate == "none":
-            unexpected = [name for name in unexpected if ".attn.gate_" not in name]  # or left out
-        if missing or unexpected:
-            raise UserError(f"{source} is not a checkpoint of this model: tensor {(missing + unexpected)[0]} does not match")
+            with torch.device("meta"):  # shapes only: the weights are read straight into place
+                model = cls(GPTConfig(**{**source.model_config, **overrides}))
+        except TypeError as error:  # an unknown field
+            raise UserError(f"{source.name} does not hold a model of this version: {error}")
+        model.to_empty(device="cpu")
+        waiting = dict(model.named_parameters())
+        for name, tensor in source.tensors():
+            if name not in waiting:
+                if ".attn.gate_" in name and model.config.gate == "none":
+                    continue  # gates may be left out
+                raise UserError(f"{source.name} is not a checkpoint of this model: there is no place for its tensor {name}")
+            p = waiting.pop(name)
+            if getattr(tensor, "shape", None) != p.shape:
+                found = tuple(getattr(tensor, "shape", ()))
+                raise UserError(
+                    f"{source.name} has a tensor {name} of shape {found}, the model needs {tuple(p.shape)}: give another"
+                )
+            p.copy_(tensor)
+        new = {name: p for name, p in waiting.items() if ".attn.gate_" in name and source.model_config.get("gate") == "none"}
+        if len(new) < len(waiting):
+            missing = next(name for name in waiting if name not in new)
+            raise UserError(f"{source.name} is not a checkpoint of this model: its tensor {missing} is missing")
+        model._initialise(new)  # gates may be new
         return model.eval()
+
+    def save_pretrained(self, folder):
+        """Write the model in Hugging Face's GPT-2 layout. Gates go along as tensors and settings that only this project
+        reads."""
+        weights.write_folder(folder, asdict(self.config), self.named_parameters())
+        if self.config.gate != "none":
+            print(f"{folder}: other libraries will load the weights, but not the gates; GPT.from_pretrained here restores both")
 
 
 def pick_token(logits, temperature, top_k):
@@ -299,6 +353,35 @@ def pick_token(logits, temperature, top_k):
         smallest_kept = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
+
+
+class Source(NamedTuple):
+    """A trained model: what is known of it, and a way to its weights."""
+
+    name: str
+    model_config: dict  # fields of GPTConfig
+    tokenizer: dict  # as in a dataset's meta.json
+    trained_on: dict  # what checkpoint_of was given
+    tensors: Callable  # () -> (name, tensor) one after the other
+
+
+def open_source(source):
+    """The Source of what GPT.from_pretrained accepts. Raises UserError."""
+    if str(source) in weights.GPT2_MODELS and not Path(source).exists():
+        folder = weights.download(str(source))
+    elif Path(source).is_dir():
+        folder = Path(source)
+    else:
+        return source_of(load_checkpoint(source), source)
+    config = weights.read_config(folder)
+    tokenizer = {"tokenizer": "gpt2" if config["vocab_size"] == 50257 else "unknown", "vocab_size": config["vocab_size"]}
+    return Source(str(source), config, tokenizer, {}, lambda: weights.read_tensors(folder))
+
+
+def source_of(checkpoint, path="the checkpoint"):
+    """The Source of what load_checkpoint returned."""
+    fields = (checkpoint[key] for key in ("model_config", "tokenizer", "trained_on"))
+    return Source(str(path), *fields, lambda: checkpoint["model"].items())
 
 
 CHECKPOINT_KEYS = {
@@ -341,7 +424,10 @@ def load_checkpoint(path, format="nanosparse model"):
     """A dict that save_checkpoint wrote, on the CPU. Never unpickles code. Raises UserError if it is none of this format."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}: train one with `python train.py`, or check the path")
+        raise UserError(
+            f"there is no checkpoint {path}: train one with `python train.py`, check the path, or name one of "
+            f"{', '.join(weights.GPT2_MODELS)}"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from config import UserError
 from model import load_checkpoint, save_checkpoint
 
@@ -23,7 +24,12 @@ class Interrupted(KeyboardInterrupt):
 
 def save(run, phase, settings, state, step, seconds, recent):
     """Write last.pt: everything that going on after this many steps needs. state: {name: model, optimizer, LossBound or
-    generator of the batches}; seconds: spent so far; recent: losses not logged yet."""
+    generator of the batches}; seconds: spent so far; recent: losses not logged yet. All ranks call it, the first writes."""
+    noise = parallel.gathered(torch.get_rng_state())
+    on_gpu = run.config.device.startswith("cuda")
+    noise_cuda = parallel.gathered(torch.cuda.get_rng_state(run.config.device)) if on_gpu else []
+    if not parallel.is_first():
+        return
     saved = {
         "format": "nanosparse run",
         "run": run.settings,
@@ -33,8 +39,8 @@ def save(run, phase, settings, state, step, seconds, recent):
         "seconds": seconds,
         "recent": recent,
         "state": {name: part.get_state() if name == "batches" else part.state_dict() for name, part in state.items()},
-        "noise": torch.get_rng_state(),
-        "noise_cuda": torch.cuda.get_rng_state_all() if run.config.device.startswith("cuda") else [],
+        "noise": noise,
+        "noise_cuda": noise_cuda,
     }
     save_checkpoint(saved, run.folder / "last.pt")
 
@@ -46,9 +52,9 @@ def restore(run, settings, state):
         raise UserError(f"cannot resume {run.folder / 'last.pt'}: dense.pt is another one now: start without --resume")
     for name, part in state.items():
         (part.set_state if name == "batches" else part.load_state_dict)(saved["state"][name])
-    torch.set_rng_state(saved["noise"])
+    torch.set_rng_state(saved["noise"][parallel.rank()])
     if saved["noise_cuda"] and run.config.device.startswith("cuda"):
-        torch.cuda.set_rng_state_all(saved["noise_cuda"])
+        torch.cuda.set_rng_state(saved["noise_cuda"][parallel.rank()], run.config.device)
     return saved["step"], saved["seconds"], saved["recent"]
 
 

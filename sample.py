@@ -5,6 +5,7 @@ Generate text from a checkpoint, show its attention, or score it.
     python sample.py out/addition/sparse.pt --prompt=57+68= --compare=out/addition/dense.pt --plot=attention.png
     python sample.py out/shakespeare_char/sparse.pt --prompt=ROMEO: --max_new_tokens=300 --temperature=0.8
     python sample.py out/addition/sparse.pt --eval_only --dataset=addition
+    python sample.py gpt2 --prompt="The Eiffel Tower is in" --max_new_tokens=20 --temperature=0
     python sample.py --help
 """
 
@@ -17,7 +18,7 @@ import plots
 from config import UserError, arguments, option
 from data.dataset import Dataset
 from data.tokenizer import tokenizer_of
-from model import GPT, device_problems, find_device, load_checkpoint
+from model import GPT, device_problems, find_device, open_source
 from report import evaluate, table
 
 
@@ -49,17 +50,17 @@ class SampleConfig:
         return problems
 
 
-def score(config, checkpoint, model, path):
+def score(config, source, model):
     """--eval_only: the figures of the model on the whole validation split of config.dataset."""
     data = Dataset(config.dataset, model.config.block_size, config.data_dir, config.device)
-    data.check_tokenizer(checkpoint["tokenizer"], path)
+    data.check_tokenizer(source.tokenizer, source.name)
     print(table({"dense" if model.config.gate == "none" else "sparse": evaluate(model, data, batch_size=32)}))
 
 
-def generate(config, checkpoint, model):
+def generate(config, source, model):
     """Print the continuations of config.prompt. Returns the tokens to draw, (1, T): the prompt, on a toy task with its
     answer."""
-    meta, block_size = checkpoint["tokenizer"], model.config.block_size
+    meta, block_size = source.tokenizer, model.config.block_size
     tokenizer = tokenizer_of(meta)
     is_task = "answer_start" in meta
     if is_task and not config.prompt:
@@ -82,26 +83,27 @@ def generate(config, checkpoint, model):
 
 def check_comparable(models):
     """Raise UserError if --compare names a model whose tokens or heads do not match."""
-    (path, checkpoint, model), *others = models
-    for other_path, other_checkpoint, other in others:
+    (source, model), *others = models
+    for other_source, other in others:
+        names = source.name, other_source.name
         for what in ("tokenizer", "vocab_size", "characters"):
-            if checkpoint["tokenizer"].get(what) != other_checkpoint["tokenizer"].get(what):
-                raise UserError(f"{path} and {other_path} were trained on different tokens: compare models of one dataset")
+            if source.tokenizer.get(what) != other_source.tokenizer.get(what):
+                raise UserError(f"{names[0]} and {names[1]} were trained on different tokens: compare models of one dataset")
         for what in ("n_layer", "n_head", "block_size"):
             a, b = getattr(model.config, what), getattr(other.config, what)
             if a != b:
-                raise UserError(f"{path} has {what} {a}, {other_path} has {b}: compare models of one shape")
+                raise UserError(f"{names[0]} has {what} {a}, {names[1]} has {b}: compare models of one shape")
 
 
 def draw(config, models, idx):
     """Write --plot and --arcs: every model's attention on the tokens idx (1, T)."""
-    tokenizer = tokenizer_of(models[-1][1]["tokenizer"])
+    tokenizer = tokenizer_of(models[-1][0].tokenizer)
     labels = [tokenizer.decode([t]) for t in idx[0].tolist()]
-    records = {str(path): model.attention(idx).first_sequence() for path, _, model in models}
+    records = {source.name: model.attention(idx).first_sequence() for source, model in models}
     if config.plot:
         print(f"wrote {plots.save(plots.attention_figure(labels, records), config.plot)}")
     if config.arcs:
-        print(f"wrote {plots.save(plots.arcs_figure(labels, *records[models[-1][0]]), config.arcs)}")
+        print(f"wrote {plots.save(plots.arcs_figure(labels, *records[models[-1][0].name]), config.arcs)}")
 
 
 def main(argv):
@@ -110,18 +112,18 @@ def main(argv):
         return
     config = command_line.parse(SampleConfig(), argv)
     config.device = find_device(config.device)
-    models = []  # (path, checkpoint, model)
+    models = []  # (Source, model)
     for path in filter(None, (config.compare, *config.checkpoint)):
-        checkpoint = load_checkpoint(path)
-        models.append((path, checkpoint, GPT.from_checkpoint(checkpoint, path).to(config.device)))
+        source = open_source(path)
+        models.append((source, GPT.from_source(source).to(config.device)))
     check_comparable(models)
-    for path, checkpoint, model in models:
+    for source, model in models:
         if len(models) > 1:
-            print(f"{path}:")
+            print(f"{source.name}:")
         if config.eval_only:
-            score(config, checkpoint, model, path)
+            score(config, source, model)
         else:
-            idx = generate(config, checkpoint, model)
+            idx = generate(config, source, model)
     if config.plot or config.arcs:
         draw(config, models, idx)
 

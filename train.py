@@ -4,6 +4,8 @@ Train a small GPT, then make its attention sparse at its own loss.
     python train.py addition                    two-digit addition on a laptop, a few minutes
     python train.py shakespeare_char            nanoGPT's CPU-sized character model
     python train.py shakespeare_char_gpu        nanoGPT's full-size character model, one GPU
+    python train.py gpt2                        the weights of GPT-2 (124M), post-trained on OpenWebText
+    torchrun --standalone --nproc_per_node=4 train.py gpt2
     python train.py addition --init_from=out/addition/dense.pt --seed=1 --out_dir=out/addition_seed1
     python train.py addition --resume           go on after Ctrl-C
     python train.py --help                      every field, its default and its meaning
@@ -24,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 import config as command_line
+import parallel
 import plots
 from config import UserError, collected, option
 from constrained import LossBound
@@ -39,7 +42,9 @@ from model import (
     find_device,
     head_problems,
     load_checkpoint,
+    open_source,
     save_checkpoint,
+    source_of,
 )
 from report import evaluate, progress_line, result_line, summarise, table
 from resume import (
@@ -64,13 +69,15 @@ class TrainConfig:
     dataset: str = option("shakespeare_char", "a folder under data_dir")
     data_dir: str = option("data", "where the datasets are")
     out_dir: str = option("", "where to write; empty: out/<recipe>, or out/<dataset> if that is not the recipe's")
-    init_from: str = option("scratch", "scratch: pretrain first; or the path of a dense checkpoint to post-train")
+    init_from: str = option(
+        "scratch", "scratch: pretrain first; or a dense model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a path"
+    )
     resume: bool = option(False, "continue the interrupted run in out_dir")
     # the model
     n_layer: int = option(4, "layers", at_least=1)
     n_head: int = option(4, "attention heads per layer", at_least=1)
     n_embd: int = option(128, "width", at_least=1)
-    block_size: int = option(64, "longest context, tokens", at_least=1)
+    block_size: int = option(64, "longest context, tokens; with init_from at most the model's", at_least=1)
     dropout: float = option(0.0, "dropout while training", at_least=0, below=1)
     bias: bool = option(True, "biases in linear layers and LayerNorms")
     # the gates and the bound
@@ -78,9 +85,10 @@ class TrainConfig:
     gate_input: str = option("score", "what gates see: the score, or a query and a key of their own", choices=GATE_INPUTS)
     gate_rank: int = option(16, "dimensions of that query and key, per head; with gate_input=low_rank", at_least=1)
     gate_bias: float = option(
-        5.0, "where the gates' biases start; 5 leaves all edges open, or nearly all with gate_input=score"
+        5.0, "where the gates' biases start; auto: so that on one batch the edges that hold the attention are open", word="auto"
     )
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
+    distill: float = option(0.0, "weight of the KL divergence from the dense model, added to the loss that trains", at_least=0)
     multiplier_max: float = option(2.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
     multiplier_rate: float = option(0.02, "how far log(multiplier) moves per step at most", above=0)
     multiplier_scale: float = option(0.05, "violation of the bound that moves it that far, nats", above=0)
@@ -89,7 +97,7 @@ class TrainConfig:
     sparsify_steps: int = option(6000, "steps of the sparse phase, and of the control", at_least=1)
     control: bool = option(True, "also train the dense model for sparsify_steps more, to compare with")
     batch_size: int = option(24, "sequences per micro-step", at_least=1)
-    gradient_accumulation_steps: int = option(1, "micro-steps per step", at_least=1)
+    gradient_accumulation_steps: int = option(1, "micro-steps per step, of all ranks together", at_least=1)
     learning_rate: float = option(3e-3, "of the weights", above=0)
     gate_learning_rate: float = option(3e-2, "of the gates' biases", above=0)
     min_lr: float = option(1.5e-4, "where the cosine decay of learning_rate ends", at_least=0)
@@ -107,6 +115,7 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("float32", "of the matrix products; bfloat16 is for GPUs", choices=("float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the model; worth it on GPUs")
+    activation_checkpointing: bool = option(False, "compute every block twice instead of keeping what it computed")
     seed: int = option(1337, "of everything random", at_least=0, below=2**62)
 
     def problems(self):
@@ -114,9 +123,29 @@ class TrainConfig:
         problems = head_problems(self.n_embd, self.n_head) + device_problems(self.device)
         if self.min_lr > self.learning_rate > 0:
             problems.append(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: lower it, too")
+        n, ranks = self.gradient_accumulation_steps, parallel.world_size()
+        if n % ranks:
+            problems.append(
+                f"--gradient_accumulation_steps {n} cannot be shared out over {ranks} processes: give a multiple of {ranks}"
+            )
         return problems
 
 
+GPT2 = TrainConfig(
+    dataset="openwebtext",
+    init_from="gpt2",
+    block_size=1024,
+    batch_size=8,
+    gradient_accumulation_steps=24,
+    gate_bias="auto",
+    learning_rate=1e-4,
+    gate_learning_rate=1e-2,
+    min_lr=1e-5,
+    beta2=0.95,
+    sparsify_steps=10_000,
+    dtype="bfloat16",
+    compile=True,
+)
 RECIPES = {
     "addition": TrainConfig(
         dataset="addition",
@@ -148,41 +177,60 @@ RECIPES = {
         dtype="bfloat16",
         compile=True,
     ),
+    "gpt2": GPT2,
+    "gpt2-medium": replace(GPT2, init_from="gpt2-medium", batch_size=4, gradient_accumulation_steps=48),
+    "gpt2-large": replace(
+        GPT2, init_from="gpt2-large", batch_size=4, gradient_accumulation_steps=48, activation_checkpointing=True
+    ),
+    "gpt2-xl": replace(GPT2, init_from="gpt2-xl", batch_size=4, gradient_accumulation_steps=48, activation_checkpointing=True),
 }
 
 # Fields that do not change what a phase computes, and fields that the dense phase does not look at.
 NO_RESULT = set(
     "data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split()
 )
+NO_RESULT |= {"activation_checkpointing"}
 NOT_DENSE = {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("gate", "multiplier_"))}
-NOT_DENSE |= {"loss_tolerance", "sparsify_steps"}
+NOT_DENSE |= {"loss_tolerance", "distill", "sparsify_steps"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
 
 
-def training_step(model, optimizer, batches, bound, grad_clip, autocast):
+def training_step(model, optimizer, batches, bound, grad_clip, autocast, teacher=None, distill=0.0):
     """One step of post-training (with bound=None: of plain training) on all weights and gates. batches: the micro-steps'
-    (x, y). bound: LossBound, whose bound is the dense model's training loss plus the tolerance.
-    Returns the mean loss in nats and the last micro-step's AttentionStats. Raises FloatingPointError, before it changes
-    anything, if the loss, the cost or the gradient is not finite."""
+    (x, y) of this rank. bound: LossBound, whose bound is the dense model's training loss plus the tolerance. With a teacher,
+    the dense model, the loss that trains has `distill` times the KL divergence from it added; the bound is on the loss alone.
+    Returns the mean loss in nats, over micro-steps and ranks, and the last micro-step's AttentionStats. Raises
+    FloatingPointError, on all ranks and before it changes anything, if the loss, the cost or the gradient is not finite."""
     total = 0.0
-    for x, y in batches:
-        with autocast():
-            _, loss, stats = model(x, y, return_stats=True)  # model.train(): the gates are sampled
-        cost = stats.penalty.mean()  # of an edge, over layers, heads and causal pairs
-        objective = loss if bound is None else bound.lagrangian(cost, loss)
-        (objective / len(batches)).backward()
+    for number, (x, y) in enumerate(batches, start=1):
+        with parallel.gradients_stay(model, number < len(batches)):
+            with autocast():
+                logits, loss, stats = model(x, y, return_stats=True)  # model.train(): the gates are sampled
+            cost = stats.penalty.mean()  # of an edge, over layers, heads and causal pairs
+            trained = loss if teacher is None else loss + distill * divergence(teacher, logits, x, y, autocast)
+            objective = trained if bound is None else bound.lagrangian(cost, trained)
+            (objective / len(batches)).backward()
         total += loss.item() / len(batches)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
-    if not math.isfinite(total + cost.item() + norm):
-        raise FloatingPointError(f"the loss is {total}, the cost {cost.item()}, the norm of the gradient {norm}")
+    total, cost = parallel.mean(total, cost.item())
+    if not math.isfinite(total + cost + norm):
+        raise FloatingPointError(f"the loss is {total}, the cost {cost}, the norm of the gradient {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
         bound.update(total)
     return total, stats
+
+
+def divergence(teacher, logits, x, y, autocast):
+    """Mean KL(teacher || model) in nats over the tokens that are to be predicted. logits: the model's, (B, T, V)."""
+    with torch.no_grad(), autocast():
+        wanted = teacher(x, y)[0]
+    wanted, logits = (t.float().log_softmax(-1)[y >= 0] for t in (wanted, logits))  # (N, V)
+    return torch.nn.functional.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 
 
 def learning_rate_at(step, steps, config):
@@ -212,15 +260,17 @@ def training_loss(model, run, accuracy=0.002):
     """The loss of model, in training mode, on random training batches: as many as bring the standard error of the mean to
     `accuracy` nats (16 at least, one pass over the data at most)."""
     print(f"measuring the dense model's training loss to {accuracy} nats", flush=True)
-    batch_size = run.config.batch_size
-    generator = torch.Generator().manual_seed(run.config.seed)
-    torch.manual_seed(run.config.seed)  # of dropout
-    one_pass = math.ceil(len(run.data.tokens["train"]) / run.data.sequence_tokens / batch_size)
-    losses = []
+    config, ranks = run.config, parallel.world_size()
+    generator = torch.Generator().manual_seed(config.seed)
+    torch.manual_seed(config.seed + parallel.rank())  # of dropout
+    one_pass = math.ceil(len(run.data.tokens["train"]) / run.data.sequence_tokens / config.batch_size)
+    losses = []  # of all ranks
     model.train()
     while len(losses) < max(16, one_pass):
+        ((x, y),) = run.batches(generator, ranks)
         with run.autocast():
-            losses.append(model(*run.data.batch("train", batch_size, generator))[1].item())
+            loss = model(x, y)[1]
+        losses += torch.stack(parallel.gathered(loss)).tolist()
         if len(losses) >= 16 and torch.tensor(losses).std().item() / math.sqrt(len(losses)) <= accuracy:
             break
     model.eval()
@@ -250,6 +300,11 @@ class Run:
     def tokens_per_step(self):
         return self.config.batch_size * self.config.gradient_accumulation_steps * self.data.sequence_tokens
 
+    def batches(self, generator, n):
+        """n random training batches (x, y), shared out over the ranks: together they see what one alone would see."""
+        drawn = [self.data.draw("train", self.config.batch_size, generator) for _ in range(n)]
+        return [self.data.cut("train", starts) for starts in drawn[parallel.rank() :: parallel.world_size()]]
+
     def log(self, line):
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -267,20 +322,22 @@ class Trained(NamedTuple):
 
 def train(config):
     """Run all phases that config asks for and that are not finished yet; write the files of out_dir, and return the
-    contents of summary.json as a dict. Raises UserError for bad settings or files, and when the loss is not finite;
-    Interrupted (a KeyboardInterrupt) when the user stopped it and it was saved."""
-    config = replace(config, out_dir=config.out_dir or f"out/{config.dataset}", device=find_device(config.device))
+    contents of summary.json as a dict (of several ranks only the first, the others return {}). Raises UserError for bad
+    settings or files, and when the loss is not finite; Interrupted (a KeyboardInterrupt) when the user stopped it and it was
+    saved."""
+    device = parallel.own_device(find_device(config.device))
+    config = replace(config, out_dir=config.out_dir or f"out/{config.dataset}", device=device)
     folder = Path(config.out_dir)
     problems, initial, data, saved = [], None, None, {}
     with collected(problems):
         if config.init_from != "scratch":
-            initial = load_checkpoint(config.init_from)
-            config = replace(config, **shape_of(initial, config.init_from))
+            initial = open_source(config.init_from)
+            config = replace(config, **shape_of(initial, config))
     problems += command_line.check(config)
     with collected(problems):
         data = Dataset(config.dataset, config.block_size, config.data_dir, config.device)
         if initial is not None:
-            data.check_tokenizer(initial["tokenizer"], config.init_from)
+            data.check_tokenizer(initial.tokenizer, config.init_from)
         picture = tokens_to_draw(config, data)
     settings = {} if problems else run_settings(config, data, initial)
     with collected(problems):
@@ -290,21 +347,25 @@ def train(config):
                 check_settings(saved["run"], settings, folder / "last.pt")
     if problems:
         raise UserError("\n".join(problems))
-    make_folder(folder)
-    print(f"writing to {folder}", flush=True)
-    if not saved and (folder / "last.pt").is_file() and not (folder / "summary.json").is_file():
-        print("note: starting over, and the interrupted run's last.pt is kept as last.old.pt (--resume would have gone on)")
-        set_aside(folder / "last.pt")
     torch.set_float32_matmul_precision("high")
-    with signals_noted() as stop:
+    with parallel.joined(config.device), signals_noted() as stop:
+        if parallel.is_first():
+            make_folder(folder, saved)
+        print(f"writing to {folder}", flush=True)
         run = Run(config, data, folder, settings, saved, stop)
         phases = {"dense": dense_phase(run, initial)}
         phases["sparse"] = sparse_phase(run, phases["dense"].model)
         if config.control:
             phases["control"] = control_phase(run, phases["dense"].model)
+        return finish(run, phases, picture) if parallel.is_first() else {}
+
+
+def finish(run, phases, picture):
+    """Measure all models, write summary.json and the pictures, print the table. Returns the contents of summary.json."""
+    config, folder = run.config, run.folder
     print("measuring all models on the whole validation split", flush=True)
-    results = {name: evaluate(phase.model, data, config.batch_size) for name, phase in phases.items()}
-    summary = summarise(config, data.is_task, phases, results)
+    results = {name: evaluate(phase.model, run.data, config.batch_size) for name, phase in phases.items()}
+    summary = summarise(config, run.data.is_task, phases, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     cost = [(key, {name: f"{n:,}" for name, n in summary[key].items()}) for key in ("steps", "seconds")]
     pictures = draw(run, phases["dense"].model, phases["sparse"].model, picture)
@@ -317,11 +378,12 @@ def dense_phase(run, initial):
     """The dense model: loaded from init_from, or pretrained."""
     config = run.config
     if initial is not None:
-        model = GPT.from_checkpoint(initial, config.init_from, dropout=config.dropout).to(config.device)
-        save_checkpoint(checkpoint_of(model, run.data.meta, initial["trained_on"]), run.folder / "dense.pt")
+        model = GPT.from_source(initial, dropout=config.dropout).to(config.device)
+        if parallel.is_first():
+            save_checkpoint(checkpoint_of(model, run.data.meta, initial.trained_on), run.folder / "dense.pt")
         shape = f"{model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}"
         print(f"dense: {config.init_from} ({shape}, as it was trained)")
-        return trained_as(model, initial["trained_on"])
+        return trained_as(model, initial.trained_on)
     settings = settings_of(config, run.data, NO_RESULT | NOT_DENSE)
     shape = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig) if hasattr(config, f.name)}
     torch.manual_seed(config.seed)
@@ -335,9 +397,14 @@ def sparse_phase(run, dense):
     code = code_of("gates.py", "constrained.py", "model.py", "train.py")
     settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense), "code": code}
     torch.manual_seed(config.seed)
-    gated = {name: getattr(config, name) for name in ("gate", "gate_input", "gate_rank", "gate_bias")}
-    model = GPT(replace(dense.config, **gated))
+    gated = {name: getattr(config, name) for name in ("gate", "gate_input", "gate_rank")}
+    automatic = config.gate_bias == "auto"
+    model = GPT(replace(dense.config, **gated, gate_bias=5.0 if automatic else config.gate_bias))
     model.load_state_dict(dense.state_dict(), strict=False)  # all but what belongs to the gates
+    if automatic:
+        n = max(1, min(config.batch_size, 4096 // run.data.sequence_tokens))
+        x, _ = run.data.batch("train", n, torch.Generator().manual_seed(config.seed))
+        model.to(config.device).open_gates(x)
     return train_or_reuse(run, "sparse", settings, model, config.sparsify_steps, 0.0, dense)
 
 
@@ -354,12 +421,13 @@ def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=N
     """Train model for so many steps and write <name>.pt, or load that file where it was trained with the same settings.
     bounded_by: the dense model whose loss bounds the sparse phase. Returns Trained."""
     path = run.folder / f"{name}.pt"
+    parallel.wait()
     if path.is_file():
         checkpoint = load_checkpoint(path)
         changed = differences(checkpoint["trained_on"].get("settings", {}), settings)
         if not changed:
             print(f"{name}: {path} has the same settings: reused (to train again, delete it or give another --out_dir)")
-            return trained_as(GPT.from_checkpoint(checkpoint, path).to(run.config.device), checkpoint["trained_on"])
+            return trained_as(GPT.from_source(source_of(checkpoint, path)).to(run.config.device), checkpoint["trained_on"])
         print(f"note: {path} has other settings ({changed}): it will be kept as {name}.old.pt")
     seconds, bound = fit(run, name, settings, model.to(run.config.device), steps, weight_decay, bounded_by)
     trained_on = {
@@ -369,8 +437,9 @@ def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=N
         "tokens_per_second": steps * run.tokens_per_step / seconds,
         "training_bound": bound.bound if bound else None,
     }
-    set_aside(path)
-    save_checkpoint(checkpoint_of(model, run.data.meta, trained_on), path)
+    if parallel.is_first():
+        set_aside(path)
+        save_checkpoint(checkpoint_of(model, run.data.meta, trained_on), path)
     return trained_as(model.eval(), trained_on)
 
 
@@ -383,8 +452,9 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
     """The training loop of one phase, from its first step or from where last.pt left it. Returns seconds and the bound."""
     config = run.config
     resumed = bool(run.saved) and run.saved["phase"] == name
-    (run.folder / "summary.json").unlink(missing_ok=True)  # of an older run
-    keep_log_lines(run.folder / "log.jsonl", name, run.saved["step"] if resumed else -1)
+    if parallel.is_first():
+        (run.folder / "summary.json").unlink(missing_ok=True)  # of an older run
+        keep_log_lines(run.folder / "log.jsonl", name, run.saved["step"] if resumed else -1)
     bound = None
     if bounded_by is not None:
         loss = run.saved["state"]["bound"]["bound"] - config.loss_tolerance if resumed else training_loss(bounded_by, run)
@@ -395,30 +465,40 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
             largest=config.multiplier_max,
         )
         print(f"the dense model's training loss is {loss:.4f}; the bound while training is {bound.bound:.4f}")
+        if not resumed and parallel.is_first():
+            print(
+                result_line(
+                    "the dense model's validation:", evaluate(bounded_by, run.data, config.batch_size, config.eval_iters)
+                )
+            )
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
-    torch.manual_seed(config.seed + 2)  # of the gates' noise and dropout
+    torch.manual_seed(config.seed + 2 + parallel.rank())  # of the gates' noise and dropout
     state = {"model": model, "optimizer": optimizer, "batches": generator} | ({"bound": bound} if bound else {})
     first, elapsed, recent = 0, 0.0, []  # recent: losses since the last line of the log
     if resumed:
         first, elapsed, recent = restore(run, settings, state)
         print(f"{name}: resumed after step {first} of {steps}")
     started = time.time() - elapsed
-    forward = torch.compile(model) if config.compile else model
+    model.activation_checkpointing = config.activation_checkpointing
+    forward = parallel.replicated(torch.compile(model) if config.compile else model, config.device)
+    teacher = bounded_by if config.distill else None
     model.train()
     for step in range(first, steps):
         if step % config.eval_interval == 0 and not (resumed and step == first):
             validate(run, name, step, model)
             save(run, name, settings, state, step, time.time() - started, recent)
-        if run.stop:
+        if any(parallel.mean(len(run.stop))):  # on any rank
             save(run, name, settings, state, step, time.time() - started, recent)
             raise Interrupted(f"{name} after step {step} of {steps}, and saved: the same command with --resume goes on")
         lr = learning_rate_at(step, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        batches = [run.data.batch("train", config.batch_size, generator) for _ in range(config.gradient_accumulation_steps)]
+        batches = run.batches(generator, config.gradient_accumulation_steps)
         try:
-            loss, stats = training_step(forward, optimizer, batches, bound, config.grad_clip, run.autocast)
+            loss, stats = training_step(
+                forward, optimizer, batches, bound, config.grad_clip, run.autocast, teacher, config.distill
+            )
         except FloatingPointError as error:
             raise UserError(
                 f"{name}: {error} in step {step + 1}: {run.folder / 'last.pt'} holds the last good state; try a smaller "
@@ -429,10 +509,12 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
             spent = time.time() - started
             line = {"phase": name, "step": step + 1, "loss": sum(recent) / len(recent)}
             if bound is not None:
+                parallel.check_same("the multiplier", bound.log_multiplier)
                 line |= {"bound": bound.bound, "multiplier": bound.multiplier}
                 line |= {"expected_edges": stats.expected_edges.mean().item(), "hard_edges": stats.hard_edges.mean().item()}
             line |= {"learning_rate": lr, "tokens_per_second": (step + 1) * run.tokens_per_step / spent}
-            run.log(line)
+            if parallel.is_first():
+                run.log(line)
             print(progress_line(line, steps, spent), flush=True)
             recent.clear()
     validate(run, name, steps, model)
@@ -441,6 +523,8 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
 
 def validate(run, name, step, model):
     """Evaluate on eval_iters validation batches; log and print the result."""
+    if not parallel.is_first():
+        return
     result = evaluate(model, run.data, run.config.batch_size, run.config.eval_iters)
     line = {"phase": name, "step": step, "val_loss": result["loss"], "val_edges_hard": result["edges_hard"]}
     if "accuracy" in result:
@@ -461,24 +545,33 @@ def settings_of(config, data, left_out):
 
 def run_settings(config, data, initial):
     """The settings of all phases together, and where they begin; what a resumed run must share with the interrupted one."""
-    start = "scratch" if initial is None else fingerprint(GPT.from_checkpoint(initial))[:12]
-    return {**settings_of(config, data, NO_RESULT), "init_from": start}
+    start = "scratch" if initial is None else fingerprint(GPT.from_source(initial))[:12]
+    return {**settings_of(config, data, NO_RESULT), "init_from": start, "processes": parallel.world_size()}
 
 
-def shape_of(checkpoint, path):
-    """The fields of TrainConfig that a dense checkpoint decides."""
-    shape = checkpoint["model_config"]
+def shape_of(initial, config):
+    """The fields of TrainConfig that a dense model, a Source, decides."""
+    shape = initial.model_config
     if shape.get("gate") != "none":
-        raise UserError(f"--init_from {path} has gates already ({shape.get('gate')}): give a dense model, such as dense.pt")
-    return {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+        raise UserError(
+            f"--init_from {initial.name} has gates already ({shape.get('gate')}): give a dense model, such as dense.pt"
+        )
+    if config.block_size < shape["block_size"]:
+        print(f"note: sequences of {config.block_size} tokens; {initial.name} reads up to {shape['block_size']} (--block_size)")
+    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "bias")}
+    return {**sizes, "block_size": min(config.block_size, shape["block_size"])}
 
 
-def make_folder(folder):
+def make_folder(folder, saved):
+    """Make out_dir, and keep an interrupted run that is not resumed. saved: the contents of last.pt when resuming, else {}."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.jsonl").touch()
     except OSError as error:
         raise UserError(f"cannot write to --out_dir {folder} ({error.strerror}): choose another")
+    if not saved and (folder / "last.pt").is_file() and not (folder / "summary.json").is_file():
+        print("note: starting over, and the interrupted run's last.pt is kept as last.old.pt (--resume would have gone on)")
+        set_aside(folder / "last.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

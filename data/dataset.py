@@ -97,20 +97,20 @@ class Dataset:
 
     def batch(self, split, batch_size, generator):
         """Random sequences, drawn with replacement by a torch.Generator."""
-        tokens = self.tokens[split]
+        return self.cut(split, self.draw(split, batch_size, generator))
+
+    def draw(self, split, batch_size, generator):
+        """Where the sequences of a random batch start, (batch_size,)."""
+        n_tokens = len(self.tokens[split])
         if self.is_task:
-            starts = torch.randint(len(tokens) // self.example_length, (batch_size,), generator=generator)
-            starts = starts * self.example_length
-        else:
-            starts = torch.randint(len(tokens) - self.block_size, (batch_size,), generator=generator)
-        return self._cut(tokens, starts)
+            return self.example_length * torch.randint(n_tokens // self.example_length, (batch_size,), generator=generator)
+        return torch.randint(n_tokens - self.block_size, (batch_size,), generator=generator)
 
     def sequential(self, split, batch_size, n_batches=None):
         """The split from its beginning in sequences that do not overlap, up to n_batches; a rest shorter than one sequence
         is left out. Of a split of more than EVALUATED tokens so many, in sequences evenly spread over it: always the same."""
-        starts = self._starts(split)
-        for chunk in starts.split(batch_size)[:n_batches]:
-            yield self._cut(self.tokens[split], chunk)
+        for chunk in self._starts(split).split(batch_size)[:n_batches]:
+            yield self.cut(split, chunk)
 
     def part(self, split):
         """What `sequential` takes of a split, in words; "" if it is all."""
@@ -124,14 +124,18 @@ class Dataset:
         n_taken = min(n_sequences, max(1, EVALUATED // self._stride))
         return torch.arange(n_taken) * n_sequences // n_taken * self._stride
 
-    def _cut(self, tokens, starts):
+    def cut(self, split, starts):
+        """(x, y) of the sequences that start there. On CUDA the copy goes on in the background."""
+        tokens = self.tokens[split]
         rows = tokens[starts[:, None].numpy() + np.arange(self._length)]  # (B, length)
         self._check_range(tokens.filename, rows.max())
         rows = torch.from_numpy(rows.astype(np.int64))
         x, y = rows[:, :-1].clone(), rows[:, 1:].clone()
         if self.is_task:
             y[:, : self.answer_start - 1] = -1
-        return x.to(self.device), y.to(self.device)
+        if torch.device(self.device).type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
 
 def read_meta(folder):

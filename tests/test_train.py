@@ -16,7 +16,7 @@ from config import UserError
 from constrained import LossBound
 from data.prepare import prepare_text
 from gates import GATES
-from model import GATE_INPUTS, GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GATE_INPUTS, GPT, GPTConfig, checkpoint_of, load_checkpoint, save_checkpoint
 from report import evaluate
 from tests.conftest import ROOT
 from train import RECIPES, TrainConfig, learning_rate_at, make_optimizer, train, training_step
@@ -456,3 +456,76 @@ def test_a_checkpoint_that_does_not_fit_the_dataset(small, tmp_path):
 def test_recipes_are_possible():
     for name, recipe in RECIPES.items():
         assert train_module.command_line.check(recipe) == [], name
+
+
+def low_scores(data_dir, path):
+    """A dense checkpoint whose attention is far from uniform and whose scores are far below zero: a constant in the residual
+    stream gives every query and key of a head opposite parts."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=2, n_head=2, n_embd=16))
+    with torch.no_grad():
+        model.wte.weight.mul_(20)
+        for block in model.h:
+            for p in (block.attn.c_attn.weight, block.attn.c_proj.weight):
+                p.mul_(50)
+            block.attn.c_attn.bias[:16], block.attn.c_attn.bias[16:32] = 9.0, -9.0
+    meta = json.loads((Path(data_dir) / "sums" / "meta.json").read_text())
+    save_checkpoint(checkpoint_of(model, meta, {}), path)
+
+
+def test_automatic_gate_biases_let_a_model_with_low_scores_start_at_its_own_loss(small, tmp_path):
+    path = str(tmp_path / "low.pt")
+    low_scores(small.data_dir, path)
+    data = train_module.Dataset("sums", 5, small.data_dir)
+    x, _ = data.batch("train", 16, torch.Generator().manual_seed(0))
+    dense, gated = GPT.from_pretrained(path), GPT.from_pretrained(path, gate="hard_concrete")
+    losses = {"dense": evaluate(dense, data, 32)["loss"], "bias 5": evaluate(gated, data, 32)["loss"]}
+    assert evaluate(gated, data, 32)["edges_hard"] < 0.1
+    gated.open_gates(x)
+    after = evaluate(gated, data, 32)
+    assert after["mass_removed"] < 0.01 and abs(after["loss"] - losses["dense"]) < 0.02 < abs(
+        losses["bias 5"] - losses["dense"]
+    )
+    low_rank = GPT.from_pretrained(path, gate="hard_concrete", gate_input="low_rank", gate_bias=-5.0)
+    low_rank.open_gates(x)
+    assert evaluate(low_rank, data, 32)["loss"] == pytest.approx(losses["dense"])
+    train(replace(small, init_from=path, gate_bias="auto", sparsify_steps=1))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    start = next(line for line in lines if line["phase"] == "sparse" and "val_loss" in line)
+    assert abs(start["val_loss"] - losses["dense"]) < 0.02
+
+
+def test_distillation_pulls_towards_the_teacher(small):
+    """With a bound that is never met and a large weight, the divergence from the teacher is smaller than without."""
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=5, vocab_size=12, n_layer=1, n_head=2, n_embd=16)
+    teacher, data = GPT(config).eval(), train_module.Dataset("sums", 5, small.data_dir)
+    x, y = data.batch("train", 32, torch.Generator().manual_seed(0))
+
+    def divergence_after(distill):
+        torch.manual_seed(1)
+        model = GPT(config)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(20):
+            training_step(model, optimizer, [(x, y)], LossBound(0.0), 1e9, nullcontext, teacher, distill)
+        return train_module.divergence(teacher, model(x, y)[0], x, y, nullcontext).item()
+
+    other = GPT(config)
+    p, q = (model(x, y)[0][y >= 0].log_softmax(-1) for model in (teacher, other))
+    by_hand = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert train_module.divergence(teacher, other(x, y)[0], x, y, nullcontext).item() == pytest.approx(by_hand, rel=1e-4)
+    assert divergence_after(10.0) < 0.5 * divergence_after(0.0)
+
+
+def test_activation_checkpointing_changes_nothing(small, tmp_path):
+    for folder, on in (("off", False), ("on", True)):
+        train(replace(small, out_dir=str(tmp_path / folder), activation_checkpointing=on))
+    assert same(*(weights(tmp_path / folder / "sparse.pt") for folder in ("off", "on")))
+
+
+def test_a_dense_model_may_be_trained_on_shorter_sequences(small, tmp_path, capsys):
+    train(replace(small, sparsify_steps=1, out_dir=str(tmp_path / "first"), block_size=7))
+    path = str(tmp_path / "first" / "dense.pt")
+    train(replace(small, init_from=path, sparsify_steps=1))
+    assert "sequences of 5 tokens" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run" / "sparse.pt")["model_config"]["block_size"] == 7

@@ -1,0 +1,307 @@
+"""GPT-2's weights in and out, against transformers where it is installed."""
+
+import hashlib
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import weights
+from config import UserError
+from gates import GATES
+from model import GATE_INPUTS, GPT, GPTConfig
+from tests.conftest import ROOT
+
+TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=8)
+
+
+def random_model(config=TINY, seed=0):
+    """A model whose parameters are all random, biases and LayerNorms, too."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn_like(p) + (p == 1).float())
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random_model().save_pretrained(tmp_path / "gpt")
+    return tmp_path / "gpt"
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def change_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def same_weights(a, b):
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def oracle(seed=1):
+    """transformers' GPT-2 with random weights, biases and LayerNorms included."""
+    transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is not installed")
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(vocab_size=31, n_positions=16, n_layer=3, n_head=4, n_embd=32)
+    theirs = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return theirs.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "sharded", "bin"])
+def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, layout):
+    theirs = oracle()
+    if layout == "bin":
+        theirs.config.save_pretrained(tmp_path)
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")  # with lm_head.weight
+    else:
+        theirs.save_pretrained(tmp_path, max_shard_size="20KB" if layout == "sharded" else "1GB")
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1 or layout == "sharded"
+    ours = GPT.from_pretrained(tmp_path)
+    idx = torch.randint(31, (3, 16))
+    with torch.no_grad():
+        wanted, logits = theirs(idx).logits, ours(idx, idx)[0]
+    assert (logits - wanted).abs().max() < 1e-4 and wanted.std() > 0.5
+    settings = dict(attention_mask=torch.ones(3, 4), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    text = theirs.generate(idx[:, :4], **settings)
+    assert torch.equal(ours.generate(idx[:, :4], 12, temperature=0), text)
+
+
+MEASURE = """
+import sys
+from model import GPT
+
+
+def peak():
+    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+
+before = peak()
+model = GPT.from_pretrained(sys.argv[1])
+print(peak() - before, sum(4 * p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
+@pytest.mark.parametrize(
+    "name, shape",
+    [("gpt2", (12, 12, 768)), ("gpt2-medium", (24, 16, 1024)), ("gpt2-large", (36, 20, 1280)), ("gpt2-xl", (48, 25, 1600))],
+)
+def test_the_true_shapes_agree_and_load_without_a_second_copy(tmp_path, name, shape):
+    """Up to 20 GB of memory and 6 GB of disk; the peak is read from Linux's /proc."""
+    transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is not installed")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**dict(zip(("n_layer", "n_head", "n_embd"), shape)))
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    peak, size = map(int, subprocess.check_output([sys.executable, "-c", MEASURE, tmp_path], text=True, cwd=ROOT).split())
+    ours = GPT.from_pretrained(tmp_path)
+    idx = torch.randint(50257, (1, 128))
+    with torch.no_grad():
+        difference = (theirs(idx).logits - ours(idx, idx)[0]).abs().max().item()
+    settings = dict(attention_mask=torch.ones(1, 8), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(ours.generate(idx[:, :8], 8, temperature=0), theirs.generate(idx[:, :8], **settings))
+    print(
+        f"{name}: {size / 1e9:.2f} GB of weights, loading peaks at {peak / size:.2f} of it; logits differ by {difference:.1e}"
+    )
+    assert difference <= 1e-4 and peak <= size + 1.1 * 4 * ours.wte.weight.numel() + 5e7  # one tensor more
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is not installed")
+    for config in (TINY, replace(TINY, bias=False)):
+        ours = random_model(config)
+        ours.save_pretrained(tmp_path)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+        idx = torch.randint(31, (2, 16))
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(idx).logits, ours(idx, idx)[0], rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out and in again
+
+
+@pytest.mark.parametrize("gate_input", GATE_INPUTS)
+@pytest.mark.parametrize("gate", sorted(GATES))
+def test_a_gated_model_comes_back_with_its_gates(tmp_path, capsys, gate, gate_input):
+    model = random_model(replace(TINY, gate=gate, gate_input=gate_input, gate_rank=3, gate_bias=1.5))
+    model.save_pretrained(tmp_path)
+    assert "but not the gates" in capsys.readouterr().out
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config and same_weights(again, model)
+    assert GPT.from_pretrained(tmp_path, gate="none").config.gate == "none"
+
+
+def test_dense_weights_take_gates_that_start_at_their_bias(folder, capsys):
+    gated = GPT.from_pretrained(folder, gate="bernoulli", gate_bias=7.0)
+    assert all((block.attn.gate_bias == 7).all() for block in gated.h) and not gated.training
+    dense = GPT.from_pretrained(folder)
+    assert same_weights(dense, random_model()) and capsys.readouterr().out == ""
+
+
+def test_the_prefix_and_the_old_masks_do_not_matter(folder):
+    def edit(tensors):
+        for name in list(tensors):
+            tensors["transformer." + name] = tensors.pop(name)
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+        tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+
+    change_tensors(folder, edit)
+    assert same_weights(GPT.from_pretrained(folder), random_model())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (lambda t: t.pop("h.1.mlp.c_fc.bias"), "its tensor h.1.mlp.c_fc.bias is missing"),
+        (lambda t: t.update({"h.7.ln_1.bias": torch.ones(8)}), "there is no place for its tensor h.7.ln_1.bias"),
+        (lambda t: t.update({"h.0.ln_1.bias": torch.ones(9)}), r"h.0.ln_1.bias of shape \(9,\), the model needs \(8,\)"),
+        (
+            lambda t: t.update({"h.0.mlp.c_fc.weight": torch.ones(32, 8)}),
+            r"h.0.mlp.c_fc.weight of shape \(8, 32\), .* \(32, 8\)",
+        ),
+        (lambda t: t.update({"lm_head.weight": torch.ones(31, 8)}), "lm_head.weight of its own"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(folder, edit, words):
+    change_tensors(folder, edit)
+    with pytest.raises(UserError, match=words):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(model_type="llama"), "model_type 'llama', GPT-2 has 'gpt2'"),
+        (dict(activation_function="relu"), "activation_function 'relu', GPT-2 has 'gelu_new'"),
+        (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon 1e-06"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx True"),
+        (dict(n_inner=99), "n_inner 99"),
+        (dict(n_head=3), "n_embd 8 is not divisible by n_head 3"),
+        (dict(n_embd="8"), "damaged"),
+        (dict(nanosparse=[1]), "damaged"),
+        (dict(nanosparse={"gate": "sigmoid"}), "gate is 'sigmoid'"),
+        (dict(nanosparse={"colour": 1}), "not hold a model of this version"),
+    ],
+)
+def test_a_configuration_of_another_model_is_explained(folder, fields, words):
+    change_config(folder, **fields)
+    with pytest.raises(UserError, match=words):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text"])
+def test_damaged_files_are_named(folder, file, damage):
+    path = folder / file
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"[1]"}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    words = {"config.json": "config.json is (missing|damaged)", "model.safetensors": "(has no weights|damaged or incomplete)"}
+    with pytest.raises(UserError, match=words[file]):
+        GPT.from_pretrained(folder)
+
+
+def test_pickled_code_and_missing_shards_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"wte.weight": threading.Thread}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin is damaged"):
+        GPT.from_pretrained(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "../../model-00001-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match=f"{folder}/model-00001-of-00002.safetensors is missing"):
+        GPT.from_pretrained(folder)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="index.json is damaged"):
+        GPT.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The download
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A server that answers as the hub does: large files are redirected, with their hash in the redirecting answer."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    seen, stated = [], {"model.safetensors": hashlib.sha256(files["model.safetensors"]).hexdigest()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            name = self.path.rsplit("/", 1)[1]
+            if name not in files:
+                self.send_error(404)
+                return
+            redirect = name in stated and "/storage/" not in self.path
+            self.send_response(302 if redirect else 200)
+            if redirect:
+                self.send_header("Location", f"/storage/{name}")
+                self.send_header("X-Linked-ETag", f'"{stated[name]}"')
+            self.send_header("Content-Length", "0" if redirect else str(len(files[name])))
+            self.end_headers()
+            if self.command == "GET" and not redirect:
+                seen.append(self.path)
+                self.wfile.write(files[name])
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", files, seen, stated
+        server.shutdown()
+
+
+def test_a_model_is_downloaded_once_and_checked(hub, tmp_path, monkeypatch):
+    url, _, seen, _ = hub
+    download = weights.download
+    monkeypatch.setattr(weights, "download", lambda name: download(name, url))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert same_weights(GPT.from_pretrained("gpt2-medium"), random_model())
+    assert seen == ["/gpt2-medium/resolve/main/config.json", "/storage/model.safetensors"]
+
+
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(hub, tmp_path):
+    url, files, _, stated = hub
+    stated["model.safetensors"] = "0" * 64
+    with pytest.raises(UserError, match="cannot download .*model.safetensors .*invalid hash.*folder"):
+        weights.download("gpt2", url)
+    assert [path.name for path in (tmp_path / "cache" / "nanosparse" / "gpt2").iterdir()] == ["config.json"]
+    del files["model.safetensors"]
+    with pytest.raises(UserError, match="cannot download .*model.safetensors"):
+        weights.download("gpt2", url)
+    with pytest.raises(UserError, match="cannot download .*refused"):
+        weights.download("gpt2-xl", "http://127.0.0.1:9")
