@@ -1,13 +1,14 @@
-# make demo    train the addition model, make it sparse, draw the pictures
-# make test    run the tests
-# make .venv   only install what both need
-# make clean   remove the demo's results (not .venv, not other runs)
+# make demo      train the addition model, make it sparse, draw the pictures
+# make test      run the tests
+# make test-all  those that take minutes, too
+# make .venv     only install what these need
+# make clean     remove the demo's results (not .venv, not other runs)
 
 PYTHON ?= python3
 # a run that began and has no summary was interrupted: go on with it
 INTERRUPTED = $(if $(wildcard out/addition/summary.json),,$(if $(wildcard out/addition/last.pt),--resume))
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/installed
 	@if [ -f data/addition/meta.json ]; then echo "data/addition is there: reused"; \
@@ -16,6 +17,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest
+
+test-all: .venv/installed
+	.venv/bin/python -m pytest -m "slow or not slow"
 
 .PHONY: .venv
 .venv: .venv/installed

@@ -10,6 +10,7 @@ Shapes: B batch, T positions, C width (n_embd), H heads, D = C / H, L layers, V 
 
 import math
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -429,6 +430,9 @@ def load_checkpoint(path, format="nanosparse model"):
             f"{', '.join(weights.GPT2_MODELS)}"
         )
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums that torch.save writes
+                raise ValueError("a checksum does not fit")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
         raise UserError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__}): restore it, or delete it")

@@ -1,6 +1,7 @@
 """The GPT against an independent forward pass in NumPy; generation; checkpoints."""
 
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -205,6 +206,28 @@ def test_damaged_and_foreign_checkpoints_are_named(tmp_path, damage):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="model.pt is (damaged|no nanosparse model)"):
         GPT.from_pretrained(path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_an_altered_checkpoint_is_named_or_unharmed(tmp_path, seed):
+    """A byte changed, or the end cut off, anywhere: an error, or exactly what was saved (some bytes are padding)."""
+    path, random = tmp_path / "model.pt", Random(seed)
+    saved = checkpoint_of(tiny(), {"tokenizer": "byte", "vocab_size": 13}, {"seed": 1})
+    save_checkpoint(saved, path)
+    content = bytearray(path.read_bytes())
+    place = random.randrange(len(content))
+    if seed % 4 == 0:
+        content = content[:place]
+    else:
+        content[place] ^= random.randrange(1, 256)
+    path.write_bytes(content)
+    try:
+        loaded = load_checkpoint(path)
+    except UserError as error:
+        assert "model.pt is" in str(error)
+    else:
+        assert seed % 4 and all(torch.equal(p, loaded["model"][name]) for name, p in saved["model"].items())
+        assert loaded["model_config"] == saved["model_config"]
 
 
 def test_a_checkpoint_whose_tensors_do_not_fit_is_named(tmp_path):

@@ -1,0 +1,48 @@
+"""A training process that is killed again and again, at any moment, ends where one that was left alone does."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from model import load_checkpoint
+from tests.conftest import ROOT
+
+FIELDS = dict(
+    dataset="sums", n_layer=2, n_head=2, n_embd=16, block_size=5, batch_size=16, pretrain_steps=1500, sparsify_steps=1500,
+    dropout=0.1, eval_interval=30, log_interval=10, device="cpu", seed=3,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ten_kills_and_resumes_give_the_weights_of_an_undisturbed_run(data_dir, tmp_path):
+    def start(folder, *words):
+        fields = [f"--{name}={value}" for name, value in {**FIELDS, "data_dir": data_dir, "out_dir": tmp_path / folder}.items()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train.py", "addition", *fields, *words]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    began = time.time()
+    assert start("whole").wait() == 0
+    duration = time.time() - began
+    moments, kills, resumed = random.Random(0), 0, []
+    while True:
+        resume = (tmp_path / "parts" / "last.pt").exists()
+        process = start("parts", *["--resume"] * resume)
+        if kills < 10:
+            time.sleep(moments.uniform(0.2, 0.4) * duration)
+            process.send_signal(signal.SIGKILL)
+        error = process.communicate()[1].decode()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills, resumed = kills + 1, [*resumed, resume]
+    assert kills == 10 and sum(resumed) >= 5
+    for name in ("dense.pt", "sparse.pt"):
+        whole, parts = (load_checkpoint(tmp_path / folder / name)["model"] for folder in ("whole", "parts"))
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
