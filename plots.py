@@ -171,7 +171,7 @@ def training_figure(lines):
 def comparison_figure(curves, finals):
     """Variants of the method against each other, one column per dataset.
 
-    curves: {dataset: {variant: (steps, hard edges in percent)}}, drawn above, while training;
+    curves: {dataset: {variant: (steps, expected edges in percent)}}, drawn above, while training;
     finals: {dataset: {variant: [(hard edges in percent, whether the loss ended within its bound), one per seed]}}, below.
     """
     rows = max(map(len, finals.values()))
@@ -182,7 +182,7 @@ def comparison_figure(curves, finals):
     for (above, below), dataset in zip(axes.T, finals):
         for variant, (steps, edges) in curves[dataset].items():
             above.plot(steps, edges, color=colours[variant], label=variant, lw=1.2)
-        above.set(title=dataset, yscale="log", ylabel="hard edges, %", xlabel="step")
+        above.set(title=dataset, yscale="log", ylabel="expected edges, %", xlabel="step")
         above.legend(frameon=False, fontsize=8)
         for row, results in enumerate(finals[dataset].values()):
             for edges, within in results:

@@ -88,6 +88,7 @@ class TrainConfig:
         5.0, "where the gates' biases start; auto: so that on one batch the edges that hold the attention are open", word="auto"
     )
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
+    loss_accuracy: float = option(0.002, "how exactly the dense model's training loss is measured, nats", above=0)
     distill: float = option(0.0, "weight of the KL divergence from the dense model, added to the loss that trains", at_least=0)
     multiplier_max: float = option(2.0, "the price of a nat of loss, in edge costs, at the start and at most", above=0.001)
     multiplier_rate: float = option(0.02, "how far log(multiplier) moves per step at most", above=0)
@@ -191,7 +192,7 @@ NO_RESULT = set(
 )
 NO_RESULT |= {"activation_checkpointing"}
 NOT_DENSE = {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("gate", "multiplier_"))}
-NOT_DENSE |= {"loss_tolerance", "distill", "sparsify_steps"}
+NOT_DENSE |= {"loss_tolerance", "loss_accuracy", "distill", "sparsify_steps"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,11 +257,11 @@ def make_optimizer(model, config, weight_decay):
 
 
 @torch.no_grad()
-def training_loss(model, run, accuracy=0.002):
+def training_loss(model, run):
     """The loss of model, in training mode, on random training batches: as many as bring the standard error of the mean to
-    `accuracy` nats (16 at least, one pass over the data at most)."""
-    print(f"measuring the dense model's training loss to {accuracy} nats", flush=True)
+    loss_accuracy (16 at least, one pass over the data at most)."""
     config, ranks = run.config, parallel.world_size()
+    print(f"measuring the dense model's training loss to {config.loss_accuracy} nats", flush=True)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed + parallel.rank())  # of dropout
     one_pass = math.ceil(len(run.data.tokens["train"]) / run.data.sequence_tokens / config.batch_size)
@@ -271,8 +272,16 @@ def training_loss(model, run, accuracy=0.002):
         with run.autocast():
             loss = model(x, y)[1]
         losses += torch.stack(parallel.gathered(loss)).tolist()
-        if len(losses) >= 16 and torch.tensor(losses).std().item() / math.sqrt(len(losses)) <= accuracy:
+        if len(losses) < 16:
+            continue
+        needed = (torch.tensor(losses).std().item() / config.loss_accuracy) ** 2
+        if len(losses) >= needed:
             break
+        if len(losses) < 16 + ranks and needed > 500:
+            print(
+                f"that takes about {min(round(needed), one_pass):,} batches of {config.batch_size} (--loss_accuracy)",
+                flush=True,
+            )
     model.eval()
     return sum(losses) / len(losses)
 

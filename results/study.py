@@ -396,7 +396,7 @@ def draw(path):
         if not runs["reference"]:
             raise UserError(f"{dataset} has no reference yet: run `python results/study.py --only=reference` first")
         curves[dataset] = {
-            name: list(zip(*((line["step"], 100 * line["hard_edges"]) for line in runs[name][0]["lines"])))
+            name: list(zip(*((line["step"], 100 * line["expected_edges"]) for line in runs[name][0]["lines"])))
             for name in ("cap8", "reference", "cap1", "low_rank", "bernoulli")
             if runs[name]
         }
