@@ -52,13 +52,14 @@ def attention_figure(labels, records):
 
     labels: T strings. records: {model's name: (weight, edges)}, arrays (L, H, T, T): effective attention weights (pattern
     times gate) and whether an edge is open. A cell is coloured where its edge is open and grey where it is closed; pairs
-    that causality forbids are white. Rows are queries, columns are keys.
+    that causality forbids are white. Rows are queries, columns are keys. Where a cell would be smaller than a letter, as with
+    GPT-2's 144 heads, tokens are not written.
     """
     labels = [visible(label) for label in labels]
     n_layer, n_head, T, _ = next(iter(records.values()))[0].shape
     layers_per_row = min(n_layer, max(1, (8 if T <= 12 else 4) // n_head))  # longer sequences need larger panels
     n_rows, n_columns = -(-n_layer // layers_per_row), layers_per_row * n_head
-    font = float(np.clip(500 / n_columns / T, 2.5, 7))  # points, a little less than a cell
+    cell = 500 / n_columns / T  # points, a little less than that
     figure = plt.figure(figsize=(10, len(records) * (n_rows * 9.2 / n_columns + 0.55) + 0.5), layout="constrained")
     blocks = figure.subfigures(len(records), 1, squeeze=False)[:, 0]
     for block, (name, (weight, edges)) in zip(blocks, records.items()):
@@ -71,9 +72,17 @@ def attention_figure(labels, records):
                 axis.axis("off")
                 continue
             image = draw_head(axis, weight[layer, head], edges[layer, head])
+            if cell < 2:
+                axis.set(xticks=[], yticks=[])
+                if layer == 0:
+                    axis.set_title(f"head {head}", fontsize=7, pad=2)
+                if head == 0:
+                    axis.set_ylabel(f"layer {layer}", fontsize=7, labelpad=2)
+                continue
             axis.set_title(f"layer {layer} head {head}", fontsize=7, pad=2)
-            axis.set_xticks(range(T), labels, fontsize=font, family="monospace")
-            axis.set_yticks(range(T), labels, fontsize=font, family="monospace")
+            style = dict(fontsize=float(np.clip(cell, 2.5, 7)), family="monospace")
+            axis.set_xticks(range(T), labels, **style)
+            axis.set_yticks(range(T), labels, **style)
             axis.tick_params(length=0, pad=1)
             if panel == 0:
                 axis.set_xlabel("key", fontsize=7, labelpad=1)
