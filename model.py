@@ -13,6 +13,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from config import UserError
 from gates import GATES, AttentionStats, attention_pattern, causal_mask, causal_scores, gated_attention
 
 GATE_INPUTS = ("score", "low_rank")
+ATTENTIONS = ("auto", "reference", "fused")
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.gate, self.gate_qk = None, None
+        self.attend = gated_attention  # or the fused one: GPT.use_attention
         if config.gate != "none":
             self.gate = GATES[config.gate]()
             self.gate_bias = nn.Parameter(torch.empty(config.n_head))
@@ -102,7 +105,8 @@ class Attention(nn.Module):
         if cache is not None:  # generation: x holds only new positions, the cache the keys and values of the old ones
             k, v, gate_k = cache.extend(self, k, v, gate_k)
         if self.gate is not None:  # no dropout on gated attention: the gates' noise takes its place
-            y, stats = gated_attention(q, k, v, self.gate_bias, self.gate, self.training, gate_q=gate_q, gate_k=gate_k)
+            attend = self.attend if cache is None else gated_attention
+            y, stats = attend(q, k, v, self.gate_bias, self.gate, self.training, gate_q=gate_q, gate_k=gate_k)
         else:
             mask = None if T == k.size(2) else causal_mask(T, k.size(2), x.device)
             dropout = self.dropout if self.training else 0.0
@@ -235,6 +239,19 @@ class GPT(nn.Module):
         if not return_stats:
             return logits, loss
         return logits, loss, AttentionStats(*(torch.stack(figures) for figures in zip(*layer_stats)))  # (L, H) each
+
+    def use_attention(self, name, device):
+        """From now on compute gated attention so: "reference" is gates.py, "fused" is kernels.py, "auto" the fused one where
+        it works. device: where the model runs. Returns in words what was taken. Raises UserError where fused does not work."""
+        problem = "" if name == "reference" else fused_problem(device, self)
+        if name == "fused" and problem:
+            raise UserError(f"--attention is fused, which {problem}: choose auto or reference")
+        fused = name != "reference" and not problem
+        if fused:
+            import kernels  # here, since it imports Triton, which a CPU does without
+        for block in self.h:
+            block.attn.attend = kernels.gated_attention if fused else gated_attention
+        return "fused" if fused else f"reference (fused {problem})" if problem else "reference"
 
     @torch.no_grad()
     def attention(self, idx):
@@ -450,6 +467,20 @@ def find_device(name):
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def fused_problem(device, model=None):
+    """Why fused attention does not work on this device and, if given, for this model; empty if it does."""
+    if not str(device).startswith("cuda"):
+        return f"needs a CUDA device, and this is {device}"
+    if find_spec("triton") is None:
+        return "needs the package triton, and it is not installed"
+    if model is None:
+        return ""
+    import kernels
+
+    gate, head = model.h[0].attn.gate, model.wte.weight.new_empty(1, 1, 1, model.config.n_embd // model.config.n_head)
+    return kernels.unknown(head.to(device), gate) or kernels.disagreement(gate, device)
 
 
 def device_problems(name):

@@ -34,12 +34,14 @@ from data.dataset import Dataset
 from data.tokenizer import tokenizer_of
 from gates import GATES
 from model import (
+    ATTENTIONS,
     GATE_INPUTS,
     GPT,
     GPTConfig,
     checkpoint_of,
     device_problems,
     find_device,
+    fused_problem,
     head_problems,
     load_checkpoint,
     open_source,
@@ -114,6 +116,9 @@ class TrainConfig:
     plot_text: str = option("", "what attention.png shows; empty: the beginning of the validation split")
     # the machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    attention: str = option(
+        "auto", "of gated models: fused (Triton, on CUDA), reference, or auto: fused if it works", choices=ATTENTIONS
+    )
     dtype: str = option("float32", "of the matrix products; bfloat16 is for GPUs", choices=("float32", "bfloat16"))
     compile: bool = option(False, "torch.compile the model; worth it on GPUs")
     activation_checkpointing: bool = option(False, "compute every block twice instead of keeping what it computed")
@@ -129,6 +134,9 @@ class TrainConfig:
             problems.append(
                 f"--gradient_accumulation_steps {n} cannot be shared out over {ranks} processes: give a multiple of {ranks}"
             )
+        if self.attention == "fused" and not problems:
+            problem = fused_problem(find_device(self.device))
+            problems += [f"--attention is fused, which {problem}: choose auto or reference"] if problem else []
         return problems
 
 
@@ -190,7 +198,7 @@ RECIPES = {
 NO_RESULT = set(
     "data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split()
 )
-NO_RESULT |= {"activation_checkpointing"}
+NO_RESULT |= {"attention", "activation_checkpointing"}
 NOT_DENSE = {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("gate", "multiplier_"))}
 NOT_DENSE |= {"loss_tolerance", "loss_accuracy", "distill", "sparsify_steps"}
 
@@ -403,7 +411,7 @@ def dense_phase(run, initial):
 def sparse_phase(run, dense):
     """The dense model with gates, post-trained under the bound."""
     config = run.config
-    code = code_of("gates.py", "constrained.py", "model.py", "train.py")
+    code = code_of("gates.py", "kernels.py", "constrained.py", "model.py", "train.py")
     settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense), "code": code}
     torch.manual_seed(config.seed)
     gated = {name: getattr(config, name) for name in ("gate", "gate_input", "gate_rank")}
@@ -414,6 +422,7 @@ def sparse_phase(run, dense):
         n = max(1, min(config.batch_size, 4096 // run.data.sequence_tokens))
         x, _ = run.data.batch("train", n, torch.Generator().manual_seed(config.seed))
         model.to(config.device).open_gates(x)
+    print(f"gated attention: {model.use_attention(config.attention, config.device)}")
     return train_or_reuse(run, "sparse", settings, model, config.sparsify_steps, 0.0, dense)
 
 

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which must be known before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import config as command_line
 from data.prepare import prepare_examples
 

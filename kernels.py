@@ -1,0 +1,636 @@
+"""
+Gated attention, fused: what gates.gated_attention computes, in Triton, with memory that grows with T and not with T squared.
+
+Nothing of shape (T, T) is ever stored. A program of the forward pass holds BLOCK_M queries and walks over the keys up to the
+diagonal, BLOCK_N at a time. The softmax runs over all keys, whatever the gates say, so its maximum m and its denominator l
+are those of plain attention, and only the sum of values is gated (FlashAttention's recurrence with a z in it; Dao 2023,
+arXiv 2307.08691):
+
+    m'   = max(m, max_j s_j)
+    l'   = l   * e^(m - m') + sum_j e^(s_j - m')
+    acc' = acc * e^(m - m') + sum_j e^(s_j - m') z_j v_j
+
+and after the last key y = acc / l. Only y and lse = m + log(l) are kept; the backward pass recomputes P = e^(s - lse).
+
+The gradients, with s = q.k / sqrt(D), P = softmax(s), a = log_alpha = s + bias (or gate_q.gate_k / sqrt(R) + bias),
+z = z(a, u), y = sum_j P z v, and C = sum_j c(a), the row's penalty:
+
+    d(Pz) = dy . v                                          dP = d(Pz) * z          dz = d(Pz) * P
+    dv    = sum_i P z dy
+    da    = dz * z'(a) + dC * c'(a)                         both derivatives at this edge alone
+    ds    = P * (dP - delta),  delta = sum_j P dP           softmax, ungated
+          = P * (dP - dy . y)                               because sum_j P z (dy . v) = dy . y: no second walk for delta
+    dbias = sum da,  and da is added to ds where the gates see the score, else goes to gate_q and gate_k as ds to q and k
+    dq    = sum_j ds k / sqrt(D),      dk = sum_i ds q / sqrt(D)
+
+    here    s      a      z, z'     P z     C        dC         l      lse  delta  e^(m - m')
+    there   score  alpha  z, slope  weight  penalty  d_penalty  total  lse  delta  shrink
+
+(score, alpha and lse in units of log(2), since a GPU computes powers of two.)
+
+The noise u of edge (b, h, i, j) is a hash of the seed and that position, so every pass draws the same again, whatever its
+blocks, and nothing is stored. A dense kernel's time goes into matrix products; this one's goes into what it computes per edge,
+about 60 instructions in each of three passes. Seven or eight are special functions, of which a GPU has an eighth of the units
+that add: an exponential for the softmax; two logarithms, an exponential and a reciprocal for the gate; an exponential, a
+reciprocal and (forward) a logarithm for the penalty. The noise takes ten; Philox (tl.rand) would take about a hundred.
+
+Fused attention exists for HardConcrete and Bernoulli, and for edge_penalty as gates.py has it: who edits these there edits
+`gate_of`, `penalty_of` and `penalty_slope_of` here, or takes --attention=reference. `disagreement` finds out.
+"""
+
+import math
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+import gates
+from config import UserError
+from gates import AttentionStats, Bernoulli, HardConcrete
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on a CPU, slowly, for the tests
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# 2: one pass for dk and dv, one for dq, each drawing the noise anew; the same bits in every run. 1: dq is added up in memory
+# by the first pass, atomically, so in an order that changes, but each edge is computed once. bench.py times both.
+BACKWARD_PASSES = 2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One edge: noise, gate, penalty. All elementwise, on tiles of any shape.
+
+
+@triton.jit
+def log2(x):
+    if INTERPRET:
+        return tl.log2(x)
+    return tl.extra.libdevice.fast_log2f(x)  # one instruction, to 2^-22; tl.log2 takes thirty for the last bit
+
+
+@triton.jit
+def reciprocal(x):
+    if INTERPRET:
+        return 1 / x
+    return tl.extra.libdevice.fast_dividef(1.0, x)  # likewise; 1 / x takes seven
+
+
+@triton.jit
+def mix(x):
+    """A bijection of 32-bit integers in which every bit of x moves every bit of the result (Wellons: lowbias32)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_keys(seed, row):
+    """Two 32-bit keys of a row of edges. seed: int64; row: (batch * H + head) * T + query."""
+    row, low, high = row.to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return mix(mix(row ^ low) + high), mix(mix(row ^ high ^ 0x5BD1E995) + low)
+
+
+@triton.jit
+def uniform(key, key2, j):
+    """The noise of edges to the keys j, from row_keys: (2 n + 1) / 2^24 with 23 random bits n, never 0, 1/2 or 1."""
+    x = key + j.to(tl.uint32) * 0x9E3779B9
+    x = (x ^ (x >> 16) ^ key2) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    bits = (x >> 9) | 0x3F800000  # of a float in [1, 2)
+    return bits.to(tl.float32, bitcast=True) - 0.99999994  # 1 - 2^-24; all these differences are exact
+
+
+@triton.jit
+def gate_of(log2_alpha, key, key2, j, GATE: tl.constexpr, TRAINING: tl.constexpr):
+    """The gate z and its derivative by log_alpha. log2_alpha: log_alpha / log(2), as powers of two are what a GPU computes."""
+    BETA: tl.constexpr = GATE[0]
+    GAMMA: tl.constexpr = GATE[1]
+    ZETA: tl.constexpr = GATE[2]
+    x = log2_alpha
+    if TRAINING:
+        u = uniform(key, key2, j)
+        x = (x + (log2(u) - log2(1 - u))) * (1 / BETA)
+    s = reciprocal(1 + tl.exp2(-x))
+    if GATE[5] != 0:  # Bernoulli
+        z = tl.where(x > 0, 1.0, 0.0)
+        slope = s * (1 - s) if TRAINING else tl.zeros_like(s)
+    else:
+        stretched = s * (ZETA - GAMMA) + GAMMA
+        z = tl.minimum(tl.maximum(stretched, 0.0), 1.0)
+        slope = tl.where(z == stretched, s * (1 - s) * ((ZETA - GAMMA) / BETA if TRAINING else ZETA - GAMMA), 0.0)
+        if not TRAINING:
+            z, slope = tl.where(log2_alpha > GATE[3], z, 0.0), tl.where(log2_alpha > GATE[3], slope, 0.0)
+    return z, slope
+
+
+@triton.jit
+def penalty_of(log2_alpha, GATE: tl.constexpr):
+    """The probability p of being open, and softplus(log_alpha) / log(2), which together are gates.edge_penalty. No power of
+    anything positive: with e = e^-|a|, sigmoid(a) = 1 / (1 + e) for a > 0, else e / (e + 1)."""
+    K: tl.constexpr = GATE[4]
+    e = tl.exp2(-tl.abs(log2_alpha))
+    above, below = tl.where(log2_alpha > 0, 1.0, e), tl.where(log2_alpha > 0, e, 1.0)
+    series = e * (1 - e * (0.5 - e * (0.33333333 - e * 0.25))) * LOG2E  # log2(1 + e), where fast_log2f has no digits
+    return above * reciprocal(above + K * below), tl.maximum(log2_alpha, 0.0) + tl.where(e < 0.05, series, log2(1 + e))
+
+
+@triton.jit
+def penalty_slope_of(log2_alpha, GATE: tl.constexpr):
+    """The derivative of gates.edge_penalty by log_alpha: p (1 - p) + sigmoid(log_alpha)."""
+    K: tl.constexpr = GATE[4]
+    e = tl.exp2(-tl.abs(log2_alpha))
+    above, below = tl.where(log2_alpha > 0, 1.0, e), tl.where(log2_alpha > 0, e, 1.0)
+    total, total_p = 1 + e, above + K * below
+    both = reciprocal(total * total_p)  # one reciprocal for two
+    r = both * total
+    return above * (K * below * r * r + both * total_p)
+
+
+@triton.jit
+def edge_gradients(
+    log2_score, log2_alpha, d_weight, i, j, key, key2, lse, delta, d_penalty,
+    GATE: tl.constexpr, TRAINING: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of edges -> weight = P z, ds without the gates' share, and da. i and what belongs to the queries has shape (M, 1)
+    and j (1, N), or the other way round. Queries past the end come as zeros and add nothing."""
+    p = log2_score - lse
+    if MASKED:
+        p = tl.where(j <= i, p, float("-inf"))
+    p = tl.exp2(p)
+    z, slope = gate_of(log2_alpha, key, key2, j, GATE, TRAINING)
+    d_p = d_weight * p
+    da = d_p * slope + d_penalty * penalty_slope_of(log2_alpha, GATE)
+    if MASKED:
+        da = tl.where(j <= i, da, 0.0)
+    return p * z, d_p * z - p * delta, da
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The passes. A program is one head of one sequence (axis 0) and one block of its queries or keys (axis 1).
+
+
+@triton.jit
+def bound(n):
+    """n, as a loop takes it: the interpreter's own numbers are arrays, which NumPy 2.4 turns into no int."""
+    if INTERPRET and isinstance(n, tl.tensor):
+        return n.handle.data.item()
+    return n
+
+
+@triton.jit
+def load_rows(x, i, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows i of a (T, D) matrix, zeros beyond its edges -> (len(i), BLOCK_D)."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(x + i[:, None] * stride + d, mask=(i[:, None] < T) & (d < D), other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, i, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(x + i[:, None] * stride + d, cast(value, x.dtype.element_ty), mask=(i[:, None] < T) & (d < D))
+
+
+@triton.jit
+def add_rows(x, value, i, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.atomic_add(x + i[:, None] * stride + d, value, mask=(i[:, None] < T) & (d < D), sem="relaxed")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    if INTERPRET and dtype == tl.bfloat16:  # it cuts off the last bits: round them first
+        x = ((x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b):
+    """The matrix product, summed in float32."""
+    if INTERPRET:  # it multiplies the bits of bfloat16 as integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")  # of float32: no TF32
+
+
+@triton.jit
+def offset(head, H, stride_b, stride_h):
+    """Where a head's matrix begins. head: batch * H + head. What these kernels write is laid out (B, T, H, D), which makes
+    the strides T H D, D and, of a row, H D."""
+    return (head // H).to(tl.int64) * stride_b + (head % H).to(tl.int64) * stride_h
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, bias, gate_q, gate_k, seed, y, lse, penalty, figures,
+    stride_b, stride_h, stride_t, gate_b, gate_h, gate_t, H, T, scale, gate_scale,
+    GATE: tl.constexpr, TRAINING: tl.constexpr, LOW_RANK: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y, lse, and per query the sums over its keys of: penalty; figures[0..2]: probability of being open, hard edges, and
+    softmax weight on them."""
+    head = tl.program_id(0)
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first, for a short tail
+    i = start + tl.arange(0, BLOCK_M)
+    at, gate_at = offset(head, H, stride_b, stride_h), offset(head, H, gate_b, gate_h)
+    q_i = load_rows(q + at, i, stride_t, T, D, BLOCK_D)
+    if LOW_RANK:
+        gate_q_i = load_rows(gate_q + gate_at, i, gate_t, T, R, BLOCK_R)
+    b = tl.load(bias + head % H).to(tl.float32) * LOG2E
+    key, key2 = row_keys(tl.load(seed), head * T + i)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    kept = tl.zeros([BLOCK_M], tl.float32)
+    hard = tl.zeros([BLOCK_M], tl.float32)
+    expected = tl.zeros([BLOCK_M], tl.float32)
+    cost = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    diagonal, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
+    for MASKED in tl.static_range(2):  # blocks of keys before all these queries, then those on the diagonal
+        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), BLOCK_N):
+            j = first + tl.arange(0, BLOCK_N)
+            k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
+            v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
+            score = dot(q_i, tl.trans(k_j)) * scale
+            alpha = score + b
+            if LOW_RANK:
+                alpha = dot(gate_q_i, tl.trans(load_rows(gate_k + gate_at, j, gate_t, T, R, BLOCK_R))) * gate_scale + b
+            z, _ = gate_of(alpha, key[:, None], key2[:, None], j[None, :], GATE, TRAINING)
+            p, softplus = penalty_of(alpha, GATE)
+            if MASKED:
+                allowed = j[None, :] <= i[:, None]
+                score, alpha = tl.where(allowed, score, float("-inf")), tl.where(allowed, alpha, float("-inf"))
+                p, softplus = tl.where(allowed, p, 0.0), tl.where(allowed, softplus, 0.0)
+            m_new = tl.maximum(m, tl.max(score, 1))
+            shrink = tl.exp2(m - m_new)
+            e = tl.exp2(score - m_new[:, None])
+            acc = acc * shrink[:, None] + dot(cast(e * z, v_j.dtype), v_j)
+            total = total * shrink + tl.sum(e, 1)
+            kept = kept * shrink + tl.sum(tl.where(alpha > GATE[3], e, 0.0), 1)
+            hard += tl.sum(tl.where(alpha > GATE[3], 1.0, 0.0), 1)
+            expected += tl.sum(p, 1)
+            cost += tl.sum(softplus, 1)
+            m = m_new
+    store_rows(y + offset(head, H, T * H * D, D), acc / total[:, None], i, H * D, T, D, BLOCK_D)
+    row, n_rows, inside = head * T + i, tl.num_programs(0) * T, i < T
+    tl.store(lse + row, m + log2(total), mask=inside)
+    tl.store(penalty + row, expected + cost * LN2, mask=inside)
+    tl.store(figures + row, expected, mask=inside)
+    tl.store(figures + n_rows + row, hard, mask=inside)
+    tl.store(figures + 2 * n_rows + row, kept / total, mask=inside)
+
+
+@triton.jit
+def rows_kernel(y, dy, seed, delta, keys, H, T, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What keys_kernel would compute anew for every block of keys: delta = dy . y and the noise's keys, per query."""
+    head = tl.program_id(0)
+    i, at = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), offset(head, H, T * H * D, D)
+    y_i, dy_i = load_rows(y + at, i, H * D, T, D, BLOCK_D), load_rows(dy + at, i, H * D, T, D, BLOCK_D)
+    row, n_rows = head * T + i, tl.num_programs(0) * T
+    key, key2 = row_keys(tl.load(seed), row)
+    tl.store(delta + row, tl.sum(y_i.to(tl.float32) * dy_i.to(tl.float32), 1), mask=i < T)
+    tl.store(keys + row, key.to(tl.int32, bitcast=True), mask=i < T)
+    tl.store(keys + n_rows + row, key2.to(tl.int32, bitcast=True), mask=i < T)
+
+
+@triton.jit
+def keys_kernel(
+    q, k, v, bias, gate_q, gate_k, seed, dy, lse, delta, d_penalty, keys, dq, dk, dv, dbias, dgate_q, dgate_k,
+    stride_b, stride_h, stride_t, gate_b, gate_h, gate_t, H, T, scale, gate_scale,
+    GATE: tl.constexpr, TRAINING: tl.constexpr, LOW_RANK: tl.constexpr, ADD_DQ: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_N keys, over the queries from the diagonal on: dk, dv, dgate_k, and dbias summed per key. ADD_DQ: also
+    adds up dq and dgate_q. Tiles are (keys, queries) here, so that the products need no transposed tile."""
+    head = tl.program_id(0)
+    start = tl.program_id(1) * BLOCK_N  # the first keys have the most queries
+    j = start + tl.arange(0, BLOCK_N)
+    at, gate_at, y_at = offset(head, H, stride_b, stride_h), offset(head, H, gate_b, gate_h), offset(head, H, T * H * D, D)
+    r_at, n_rows = offset(head, H, T * H * R, R), tl.num_programs(0) * T
+    k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
+    v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
+    b = tl.load(bias + head % H).to(tl.float32) * LOG2E
+    dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dbias_j = tl.zeros([BLOCK_N], tl.float32)
+    if LOW_RANK:
+        gate_k_j = load_rows(gate_k + gate_at, j, gate_t, T, R, BLOCK_R)
+        dgate_k_j = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    diagonal = (start + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M  # queries from here on see all these keys
+    diagonal = tl.minimum(diagonal, (T + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+    for MASKED in tl.static_range(2):
+        low, high = (start // BLOCK_M * BLOCK_M, diagonal) if MASKED else (diagonal, T)
+        for first in range(bound(low), bound(high), BLOCK_M):
+            i = first + tl.arange(0, BLOCK_M)
+            row, inside = head * T + i, i < T
+            q_i = load_rows(q + at, i, stride_t, T, D, BLOCK_D)
+            dy_i = load_rows(dy + y_at, i, H * D, T, D, BLOCK_D)
+            lse_i, delta_i = tl.load(lse + row, mask=inside, other=0.0), tl.load(delta + row, mask=inside, other=0.0)
+            d_penalty_i = tl.load(d_penalty + row, mask=inside, other=0.0)
+            key = tl.load(keys + row, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            key2 = tl.load(keys + n_rows + row, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            score = dot(k_j, tl.trans(q_i)) * scale
+            alpha = score + b
+            if LOW_RANK:
+                gate_q_i = load_rows(gate_q + gate_at, i, gate_t, T, R, BLOCK_R)
+                alpha = dot(gate_k_j, tl.trans(gate_q_i)) * gate_scale + b
+            weight, ds, da = edge_gradients(
+                score, alpha, dot(v_j, tl.trans(dy_i)), i[None, :], j[:, None], key[None, :], key2[None, :],
+                lse_i[None, :], delta_i[None, :], d_penalty_i[None, :], GATE, TRAINING, MASKED,
+            )  # fmt: skip
+            dv_j += dot(cast(weight, dy_i.dtype), dy_i)
+            dbias_j += tl.sum(da, 1)
+            if LOW_RANK:
+                da = cast(da, gate_q_i.dtype)
+                dgate_k_j += dot(da, gate_q_i)
+                if ADD_DQ:
+                    add_rows(dgate_q + r_at, dot(tl.trans(da), gate_k_j) * (gate_scale * LN2), i, H * R, T, R, BLOCK_R)
+            else:
+                ds += da
+            ds = cast(ds, q_i.dtype)
+            dk_j += dot(ds, q_i)
+            if ADD_DQ:
+                add_rows(dq + y_at, dot(tl.trans(ds), k_j) * (scale * LN2), i, H * D, T, D, BLOCK_D)
+    store_rows(dk + y_at, dk_j * (scale * LN2), j, H * D, T, D, BLOCK_D)
+    store_rows(dv + y_at, dv_j, j, H * D, T, D, BLOCK_D)
+    tl.store(dbias + head * T + j, dbias_j, mask=j < T)
+    if LOW_RANK:
+        store_rows(dgate_k + r_at, dgate_k_j * (gate_scale * LN2), j, H * R, T, R, BLOCK_R)
+
+
+@triton.jit
+def queries_kernel(
+    q, k, v, bias, gate_q, gate_k, seed, dy, lse, delta, d_penalty, keys, dq, dgate_q,
+    stride_b, stride_h, stride_t, gate_b, gate_h, gate_t, H, T, scale, gate_scale,
+    GATE: tl.constexpr, TRAINING: tl.constexpr, LOW_RANK: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BLOCK_M queries, over the keys up to the diagonal: dq and dgate_q."""
+    head = tl.program_id(0)
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    i = start + tl.arange(0, BLOCK_M)
+    row, inside = head * T + i, i < T
+    at, gate_at, y_at = offset(head, H, stride_b, stride_h), offset(head, H, gate_b, gate_h), offset(head, H, T * H * D, D)
+    q_i = load_rows(q + at, i, stride_t, T, D, BLOCK_D)
+    dy_i = load_rows(dy + y_at, i, H * D, T, D, BLOCK_D)
+    lse_i, delta_i = tl.load(lse + row, mask=inside, other=0.0), tl.load(delta + row, mask=inside, other=0.0)
+    d_penalty_i = tl.load(d_penalty + row, mask=inside, other=0.0)
+    b = tl.load(bias + head % H).to(tl.float32) * LOG2E
+    key, key2 = row_keys(tl.load(seed), row)
+    dq_i = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if LOW_RANK:
+        gate_q_i = load_rows(gate_q + gate_at, i, gate_t, T, R, BLOCK_R)
+        dgate_q_i = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    diagonal, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
+    for MASKED in tl.static_range(2):
+        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), BLOCK_N):
+            j = first + tl.arange(0, BLOCK_N)
+            k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
+            v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
+            score = dot(q_i, tl.trans(k_j)) * scale
+            alpha = score + b
+            if LOW_RANK:
+                gate_k_j = load_rows(gate_k + gate_at, j, gate_t, T, R, BLOCK_R)
+                alpha = dot(gate_q_i, tl.trans(gate_k_j)) * gate_scale + b
+            _, ds, da = edge_gradients(
+                score, alpha, dot(dy_i, tl.trans(v_j)), i[:, None], j[None, :], key[:, None], key2[:, None],
+                lse_i[:, None], delta_i[:, None], d_penalty_i[:, None], GATE, TRAINING, MASKED,
+            )  # fmt: skip
+            if LOW_RANK:
+                dgate_q_i += dot(cast(da, gate_k_j.dtype), gate_k_j)
+            else:
+                ds += da
+            dq_i += dot(cast(ds, k_j.dtype), k_j)
+    store_rows(dq + y_at, dq_i * (scale * LN2), i, H * D, T, D, BLOCK_D)
+    if LOW_RANK:
+        store_rows(dgate_q + offset(head, H, T * H * R, R), dgate_q_i * (gate_scale * LN2), i, H * R, T, R, BLOCK_R)
+
+
+@triton.jit
+def noise_kernel(seed, u, n_rows, T, BLOCK: tl.constexpr):
+    row, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    key, key2 = row_keys(tl.load(seed), row)
+    inside = (row[:, None] < n_rows) & (j[None, :] < T)
+    tl.store(u + row[:, None].to(tl.int64) * T + j[None, :], uniform(key[:, None], key2[:, None], j[None, :]), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From tensors to kernels
+
+
+def configs(*sizes):
+    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes]
+
+
+KEY = ["T", "D", "R", "TRAINING"]  # what the fastest block sizes depend on, with the dtypes
+TUNED = {
+    forward_kernel: triton.autotune(configs((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2), (64, 32, 4, 3)), KEY),
+    keys_kernel: triton.autotune(
+        configs((64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 2)), KEY, reset_to_zero=["dq", "dgate_q"]
+    ),
+    queries_kernel: triton.autotune(configs((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2)), KEY),
+}
+TUNED = {kernel: tune(kernel) for kernel, tune in TUNED.items()}
+BLOCKS = (32, 32) if INTERPRET else None  # (BLOCK_M, BLOCK_N) for all kernels; None: the fastest, measured on the first call
+
+
+def launch(kernel, block, inputs, others, gate, training, **flags):
+    """Run a kernel for every head and every block of positions. block: which of BLOCK_M and BLOCK_N is a program's own;
+    inputs: q, k, v, bias, gate_q, gate_k, seed; others: the tensors that follow; gate: numbers_of(gate)."""
+    q, k, v, bias, gate_q, gate_k, seed = inputs
+    (B, H, T, D), low_rank = q.shape, gate_q is not None
+    R = gate_q.size(-1) if low_rank else 1
+    strides = (*q.stride()[:3], *(gate_q.stride()[:3] if low_rank else (0, 0, 0)))
+    tensors = (q, k, v, bias, gate_q if low_rank else q, gate_k if low_rank else k, seed, *others)
+    flags |= dict(GATE=tuple(gate), TRAINING=training, LOW_RANK=low_rank, D=D, R=R, BLOCK_D=padded(D), BLOCK_R=padded(R))
+    blocks = BLOCKS or ((32, 32) if T <= 32 else None)
+    if blocks:
+        flags |= dict(zip(("BLOCK_M", "BLOCK_N"), blocks))
+    with torch.cuda.device_of(q):
+        kernel = kernel if blocks else TUNED[kernel]
+        kernel[lambda meta: (B * H, triton.cdiv(T, meta[block]))](
+            *tensors, *strides, H, T, D**-0.5 * LOG2E.value, R**-0.5 * LOG2E.value, **flags
+        )
+
+
+def padded(n):
+    """The size of a tile that holds n columns: Triton's tiles are powers of two, those of matrix products at least 16."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def alike(*tensors):
+    """The tensors with the same strides, the last one 1: as they are, where a model took them from one matrix, or copied."""
+    strides = tensors[0].stride()
+    if strides[-1] == 1 and all(t.stride() == strides for t in tensors):
+        return tensors
+    return [t.contiguous() for t in tensors]
+
+
+def output_like(x, dtype=None):
+    """Uninitialised (B, H, T, D), laid out (B, T, H, D): a model's next step then needs no copy."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D, dtype=dtype).transpose(1, 2)
+
+
+# Custom operators: torch.compile, which cannot look inside, learns from the fake versions what comes out.
+
+
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor? gate_q, Tensor? gate_k, Tensor seed, float[] gate, bool training"
+custom_op = partial(torch.library.custom_op, mutates_args=())
+
+
+@custom_op("nanosparse::gated_attention", schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+def forward(q, k, v, bias, gate_q, gate_k, seed, gate, training):
+    y, lse, penalty, figures = empty_outputs(q, k, v, bias, gate_q, gate_k, seed, gate, training)
+    q, k, v = alike(q, k, v)
+    if gate_q is not None:
+        gate_q, gate_k = alike(gate_q, gate_k)
+    inputs, outputs = (q, k, v, bias, gate_q, gate_k, seed), (y, lse, penalty, figures)
+    launch(forward_kernel, "BLOCK_M", inputs, outputs, gate, training)
+    return y, lse, penalty, figures
+
+
+@forward.register_fake
+def empty_outputs(q, k, v, bias, gate_q, gate_k, seed, gate, training):
+    """y (B, H, T, D), lse and penalty (B, H, T), figures (3, B, H, T)."""
+    rows = q.shape[:3]
+    new = lambda *shape: q.new_empty(shape, dtype=torch.float32)
+    return output_like(q), new(*rows), new(*rows), new(3, *rows)
+
+
+@custom_op(
+    "nanosparse::gated_attention_backward",
+    schema=f"({INPUTS}, Tensor y, Tensor lse, Tensor dy, Tensor d_penalty) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def backward(q, k, v, bias, gate_q, gate_k, seed, gate, training, y, lse, dy, d_penalty):
+    dq, dk, dv, _, dgate_q, dgate_k = empty_gradients(q, k, v, bias, gate_q, gate_k)
+    B, H, T, D = q.shape
+    y, dy = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (y, dy))
+    d_penalty = d_penalty.contiguous()
+    delta, dbias, keys = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(2, B, H, T, dtype=torch.int32)
+    with torch.cuda.device_of(q):
+        rows_kernel[(B * H, triton.cdiv(T, 32))](y, dy, seed, delta, keys, H, T, D=D, BLOCK_D=padded(D), BLOCK_M=32)
+    q, k, v = alike(q, k, v)
+    if gate_q is not None:
+        gate_q, gate_k = alike(gate_q, gate_k)
+    inputs, others = (q, k, v, bias, gate_q, gate_k, seed), (dy, lse, delta, d_penalty, keys)
+    add_dq = BACKWARD_PASSES == 1
+    sums = [output_like(t, torch.float32).zero_() if add_dq else t for t in (dq, dgate_q)]  # float32: bfloat16 cannot add up
+    launch(keys_kernel, "BLOCK_N", inputs, (*others, sums[0], dk, dv, dbias, sums[1], dgate_k), gate, training, ADD_DQ=add_dq)
+    if add_dq:
+        dq, dgate_q = sums[0].to(q.dtype), sums[1].to(q.dtype)
+    else:
+        launch(queries_kernel, "BLOCK_M", inputs, (*others, dq, dgate_q), gate, training)
+    return dq, dk, dv, dbias.sum(dim=(0, 2)).to(bias.dtype), dgate_q, dgate_k
+
+
+@backward.register_fake
+def empty_gradients(q, k, v, bias, gate_q, gate_k, *others):
+    """Like the inputs; dgate_q and dgate_k are empty where the gates see the scores."""
+    none = q[:, :, :, :0]
+    gate_q, gate_k = (none, none) if gate_q is None else (gate_q, gate_k)
+    dq, dk, dv, dgate_q, dgate_k = (output_like(t) for t in (q, k, v, gate_q, gate_k))
+    return dq, dk, dv, torch.empty_like(bias), dgate_q, dgate_k
+
+
+def remember(ctx, inputs, output):
+    *tensors, ctx.gate, ctx.training = inputs
+    y, lse, _, _ = output
+    ctx.save_for_backward(*tensors, y, lse)
+
+
+def differentiate(ctx, dy, d_lse, d_penalty, d_figures):
+    *tensors, y, lse = ctx.saved_tensors
+    dq, dk, dv, dbias, dgate_q, dgate_k = backward(*tensors, ctx.gate, ctx.training, y, lse, dy, d_penalty)
+    low_rank = tensors[4] is not None
+    return dq, dk, dv, dbias, dgate_q if low_rank else None, dgate_k if low_rank else None, None, None, None
+
+
+forward.register_autograd(differentiate, setup_context=remember)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the rest of the project calls
+
+
+def gated_attention(q, k, v, bias, gate, training, gate_q=None, gate_k=None, seed=None):
+    """gates.gated_attention, with noise drawn from seed: (1,) int64 on q's device, by default drawn from PyTorch's generator
+    there, so different in every layer, step and (if seeded so) rank, and the same again under activation checkpointing.
+
+    q, k, v: (B, H, T, D) with D <= 128, float32, bfloat16 or float16, and as many queries as keys. Sums are float32.
+    Returns y: (B, H, T, D) and AttentionStats. Raises UserError for what the kernels do not know.
+    """
+    problem = unknown(q, gate)
+    if problem:
+        raise UserError(f"fused attention {problem}: choose --attention=reference")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v, gate_q, gate_k = (
+            t if t is None else t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v, gate_q, gate_k)
+        )
+    if seed is None:
+        seed = new_seed(q.device) if training else torch.zeros(1, dtype=torch.int64, device=q.device)
+    y, _, penalty, figures = forward(q, k, v, bias.contiguous(), gate_q, gate_k, seed, numbers_of(gate), training)
+    n_pairs = q.size(0) * q.size(2) * (q.size(2) + 1) // 2
+    mean_over_pairs = lambda rows: rows.sum(dim=(0, 2)) / n_pairs  # (B, H, T) -> (H,)
+    expected, hard, kept = figures.detach()
+    return y, AttentionStats(
+        penalty=mean_over_pairs(penalty),
+        expected_edges=mean_over_pairs(expected),
+        hard_edges=mean_over_pairs(hard),
+        empty_rows=(hard == 0).float().mean(dim=(0, 2)),
+        mass_removed=1 - kept.mean(dim=(0, 2)),
+    )
+
+
+def new_seed(device):
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def uniforms(seed, B, H, T):
+    """The noise that gated_attention draws from seed, as a tensor for gates.gated_attention: (B, H, T, T) float32."""
+    u = torch.empty(B, H, T, T, device=seed.device)
+    with torch.cuda.device_of(seed):
+        noise_kernel[(triton.cdiv(B * H * T, 64), triton.cdiv(T, 64))](seed, u, B * H * T, T, BLOCK=64)
+    return u
+
+
+def numbers_of(gate):
+    """A gate's constants: beta, gamma, zeta, the log_alpha above which it is open while evaluating, K of its probability of
+    being open, sigmoid(log_alpha - log K), and whether it is Bernoulli."""
+    if type(gate) is Bernoulli:
+        return [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    s = (max(gate.cutoff, 0.0) - gate.gamma) / (gate.zeta - gate.gamma)  # the sigmoid at the cutoff
+    threshold = math.log2(s / (1 - s)) if gate.cutoff < 1 else math.inf
+    return [gate.beta, gate.gamma, gate.zeta, threshold, (-gate.gamma / gate.zeta) ** gate.beta, 0.0]
+
+
+def unknown(q, gate):
+    """Why the kernels cannot be used, to be continued with what to do; empty if they can."""
+    if q.device.type == "cpu" and not INTERPRET:
+        return "needs a GPU"
+    if type(gate) not in (HardConcrete, Bernoulli):
+        return f"knows the gates HardConcrete and Bernoulli, not {type(gate).__name__}"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 or float16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.size(-1) > 128:
+        return f"takes heads of up to 128 dimensions, not {q.size(-1)}"
+    return ""
+
+
+def disagreement(gate, device):
+    """A sentence if the kernels do not compute what gates.py does on a small example, since that was edited; else empty."""
+    randn = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
+    q, k, v, dy = (randn(1, 2, 16, 16).requires_grad_() for _ in range(4))
+    bias, seed = torch.tensor([-0.5, 0.5], device=device, requires_grad=True), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def figures(attend, dtype, **noise):
+        inputs = [t.to(dtype) for t in (q, k, v, bias)]
+        y, stats = attend(*inputs, gate, True, **noise)
+        gradients = torch.autograd.grad((y * dy).sum() + stats.penalty.sum(), (q, k, v, bias))
+        return [y, *stats, *gradients, attend(*inputs, gate, False)[0]]
+
+    ours = figures(gated_attention, torch.float32, seed=seed)
+    theirs = figures(gates.gated_attention, torch.float64, u=uniforms(seed, 1, 2, 16).double())
+    if all((a - b).abs().max() <= 1e-3 * b.abs().max() for a, b in zip(ours, theirs)):
+        return ""
+    return "computes another gate or penalty than gates.py, which was edited and kernels.py was not"
