@@ -418,19 +418,23 @@ def noise_kernel(seed, u, n_rows, T, BLOCK: tl.constexpr):
 # From tensors to kernels
 
 
-def configs(*sizes):
-    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in sizes]
+def tuned(kernel, *sizes, **options):
+    """The kernel, which on its first call for a new shape measures which block sizes are the fastest. sizes: BLOCK_M, BLOCK_N,
+    warps, and registers per thread where fewer than 255 pay: more programs then run at a time and hide each other's waits."""
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=2, maxnreg=registers)
+        for m, n, warps, registers in sizes
+    ]
+    return triton.autotune(configs, key=["T", "D", "R", "TRAINING"], **options)(kernel)
 
 
-KEY = ["T", "D", "R", "TRAINING"]  # what the fastest block sizes depend on, with the dtypes
+QUERY_BLOCKS = (64, 64, 4, None), (64, 64, 4, 168), (64, 32, 4, 128), (128, 64, 8, None), (32, 32, 4, None)
+KEY_BLOCKS = (64, 64, 4, None), (32, 64, 4, None), (32, 64, 4, 168), (64, 128, 8, None), (32, 32, 4, None)
 TUNED = {
-    forward_kernel: triton.autotune(configs((64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2), (64, 32, 4, 3)), KEY),
-    keys_kernel: triton.autotune(
-        configs((64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 2)), KEY, reset_to_zero=["dq", "dgate_q"]
-    ),
-    queries_kernel: triton.autotune(configs((64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2)), KEY),
+    forward_kernel: tuned(forward_kernel, *QUERY_BLOCKS),
+    queries_kernel: tuned(queries_kernel, *QUERY_BLOCKS),
+    keys_kernel: tuned(keys_kernel, *KEY_BLOCKS, reset_to_zero=["dq", "dgate_q"]),  # what it adds to
 }
-TUNED = {kernel: tune(kernel) for kernel, tune in TUNED.items()}
 BLOCKS = (32, 32) if INTERPRET else None  # (BLOCK_M, BLOCK_N) for all kernels; None: the fastest, measured on the first call
 
 

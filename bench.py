@@ -1,0 +1,289 @@
+"""
+How fast it is, against what you would take instead.
+
+    python bench.py attention     gated attention: fused, reference, compiled reference; dense attention; the paper's kernel
+    python bench.py step          whole training steps, dense and gated
+    python bench.py circuits      one step of the search for a circuit
+    python bench.py all --heads=12 --head_size=64
+    python bench.py --help        every field, its default and its meaning
+
+A table is measured in one process, in turns: a round times every candidate once, and a row shows the median of the rounds
+and, in brackets, the middle half of them. (Training steps on CUDA: one model after the other, since two may not fit.) Memory is
+the peak beyond what was there before: not inputs and weights, but outputs and gradients. Everything is written as JSON, too.
+"""
+
+import gc
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import config as command_line
+import gates
+from config import UserError, arguments, option
+from constrained import LossBound
+from gates import GATES
+from model import GPT, GPTConfig, device_problems, find_device
+from report import device_name
+from train import RECIPES, TrainConfig, make_optimizer, training_step
+
+WHAT = ("attention", "step", "circuits")
+GPT2_SHAPES = {"gpt2": (12, 12, 768, 16), "gpt2-medium": (24, 16, 1024, 8), "gpt2-xl": (48, 25, 1600, 2)}  # L, H, C, batch
+
+
+@dataclass
+class BenchConfig:
+    what: tuple = arguments(f"what to measure: one of {', '.join(WHAT)}, all", 1, 1)
+    rounds: int = option(0, "measured rounds; 0: 20 on CUDA, else 5", at_least=0)
+    lengths: str = option("", "sequence lengths of attention, with commas; empty: 256 to 8192 on CUDA, else 64 to 256")
+    tokens: int = option(
+        16384, "of attention: tokens per batch on CUDA, so batch = tokens / length; else a sixteenth", at_least=16
+    )
+    heads: int = option(12, "of attention", at_least=1)
+    head_size: int = option(64, "of attention, dimensions per head", at_least=1)
+    gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
+    dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
+    compile: bool = option(False, "of step: torch.compile the models")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    out: str = option("out/bench.json", "where to write the figures")
+
+    def problems(self):
+        problems = device_problems(self.device)
+        if self.what and self.what[0] not in (*WHAT, "all"):
+            problems.append(f"there is nothing called {self.what[0]!r} to measure: choose one of {', '.join(WHAT)}, all")
+        if not all(word.strip().isdigit() and int(word) > 0 for word in self.lengths.split(",") if self.lengths):
+            problems.append(f"--lengths is {self.lengths!r}: give whole numbers with commas, such as 256,1024")
+        return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure(candidates, rounds, device, warm_up=3):
+    """candidates: {name: function without arguments}. Returns {name: figures or, in words, why there are none}: median, low
+    and high quartile in milliseconds, and peak memory in MB (None where PyTorch does not count it)."""
+    results, times = {}, {name: [] for name in candidates}
+    for name, run in candidates.items():
+        try:
+            for _ in range(warm_up):
+                run()
+            results[name] = {"memory": peak_memory(run, device)}
+        except (torch.OutOfMemoryError, RuntimeError, UserError) as error:
+            results[name] = "out of memory" if "out of memory" in str(error) else str(error).strip().splitlines()[0]
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            if isinstance(results[name], dict):
+                times[name].append(milliseconds(run, device))
+    for name, seen in times.items():
+        if seen:
+            low, median, high = torch.tensor(seen).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+            results[name] |= {"median": median, "low": low, "high": high}
+    return results
+
+
+def milliseconds(run, device):
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def peak_memory(run, device):
+    if not device.startswith("cuda"):
+        run()
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def synchronise(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def show(title, results, tokens=None):
+    """One table. tokens: per run, for tokens per second."""
+    print(f"\n{title}\n{'':28}{'ms':>10}  {'(middle half)':20}{'MB':>9}{'tokens/s':>12}")
+    for name, r in results.items():
+        if isinstance(r, str):
+            print(f"{name:28}{'':>10}  {r}")
+            continue
+        memory = "" if r["memory"] is None else f"{r['memory']:,.0f}"
+        speed = f"{1000 * tokens / r['median']:,.0f}" if tokens else ""
+        spread = f"({r['low']:.2f} to {r['high']:.2f})"
+        print(f"{name:28}{r['median']:>10.2f}  {spread:20}{memory:>9}{speed:>12}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def attention(config):
+    """Forward, and forward with backward, at every length; gates sampled, as in training. -> {title: results}"""
+    cuda = config.device.startswith("cuda")
+    lengths = [int(n) for n in (config.lengths or ("256,512,1024,2048,4096,8192" if cuda else "64,128,256")).split(",")]
+    tables = {}
+    for T in lengths:
+        B = max(1, (config.tokens if cuda else config.tokens // 16) // T)
+        candidates = attention_candidates(config, (B, config.heads, T, config.head_size))
+        for backward in (False, True):
+            title = f"attention, {'forward + backward' if backward else 'forward'}: B={B}, T={T}"
+            runs = {name: partial(once, *candidate, backward) for name, candidate in candidates.items()}
+            tables[title] = measure(runs, config.rounds, config.device)
+            show(title, tables[title])
+    return tables
+
+
+def once(attend, inputs, dy, backward):
+    with torch.set_grad_enabled(backward):
+        y, penalty = attend(*inputs)
+        if backward:
+            torch.autograd.backward(
+                [y] if penalty is None else [y, penalty], [dy] if penalty is None else [dy, penalty.detach()]
+            )
+    for t in inputs:
+        t.grad = None
+
+
+def attention_candidates(config, shape):
+    """{name: (function of inputs -> (y, penalty or None), inputs, dy)}"""
+    gate, dtype = GATES[config.gate](), getattr(torch, config.dtype)
+    q, k, v, dy = (torch.randn(shape, device=config.device, dtype=dtype) for _ in range(4))
+    bias = torch.full((config.heads,), 2.0, device=config.device)
+    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
+
+    def gated(attend, *inputs):
+        y, stats = attend(*inputs, gate, True)
+        return y, stats.penalty
+
+    def dense(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
+
+    reference = partial(gated, gates.gated_attention)
+    candidates = {
+        "dense (SDPA)": (dense, inputs[:3], dy),
+        "reference": (reference, inputs, dy),
+        "reference, torch.compile": (torch.compile(reference, dynamic=False), inputs, dy),
+    }
+    if config.device.startswith("cuda") and find_spec("triton"):
+        import kernels
+
+        def fused(passes, *inputs):
+            kernels.BACKWARD_PASSES = passes
+            return gated(kernels.gated_attention, *inputs)
+
+        candidates["fused, 2 backward passes"] = (partial(fused, 2), inputs, dy)
+        candidates["fused, 1 backward pass"] = (partial(fused, 1), inputs, dy)
+    if find_spec("splash_attention"):
+        from splash_attention import splash_attention
+
+        def splash(q, k, v):  # the paper authors' Bernoulli gate; p: what its penalty is made of
+            y, p, _ = splash_attention(q, k, v, 2.0, True, True, False)  # bias, causal, sample, return_map
+            return y, p
+
+        candidates["splash_attention"] = (splash, inputs[:3], dy)
+    return candidates
+
+
+def steps(config):
+    """Whole training steps with AdamW, dense, and gated under a bound. -> {title: results}"""
+    tables = {}
+    if config.device.startswith("cuda"):
+        settings = {
+            name: TrainConfig(n_layer=L, n_head=H, n_embd=C, block_size=1024, batch_size=B, learning_rate=1e-4, min_lr=1e-5)
+            for name, (L, H, C, B) in GPT2_SHAPES.items()
+        }
+        vocab_size, attentions = 50257, ("fused", "reference")
+    else:
+        settings = {name: RECIPES[name] for name in ("addition", "shakespeare_char")}
+        vocab_size, attentions = 65, ("reference",)
+    for name, s in settings.items():
+        title = f"training step: {name}, batch {s.batch_size} of {s.block_size} tokens"
+        candidates = {"dense": partial(trainer, config, s, vocab_size, "none", "reference")}
+        for which in attentions:
+            candidates[f"gated, {which}"] = partial(trainer, config, s, vocab_size, config.gate, which)
+        together = [candidates] if not config.device.startswith("cuda") else [{k: v} for k, v in candidates.items()]
+        tables[title] = {}
+        for group in together:
+            tables[title] |= measure({label: make() for label, make in group.items()}, config.rounds, config.device)
+        show(title, tables[title], s.batch_size * s.block_size)
+    return tables
+
+
+def trainer(config, s, vocab_size, gate, attention):
+    """A function that trains a new model by one step on random tokens. s: TrainConfig."""
+    shape = dict(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size, vocab_size=vocab_size)
+    model = GPT(GPTConfig(**shape, gate=gate)).to(config.device).train()
+    if gate != "none":
+        model.use_attention(attention, config.device)
+    optimizer = make_optimizer(model, s, 0.0)
+    tokens = torch.randint(vocab_size, (s.batch_size, s.block_size + 1), device=config.device)
+    bound = None if gate == "none" else LossBound(10.0)
+    half = partial(torch.autocast, torch.device(config.device).type, dtype=torch.bfloat16)
+    autocast = half if config.dtype == "bfloat16" else nullcontext
+    forward = torch.compile(model) if config.compile else model
+    return partial(training_step, forward, optimizer, [(tokens[:, :-1], tokens[:, 1:])], bound, s.grad_clip, autocast)
+
+
+def circuits(config, n_steps=10):
+    """Ten steps of the search for a circuit in the addition recipe's model, dense and gated. -> {title: results}"""
+    try:
+        from circuits import find_circuit
+    except ModuleNotFoundError:
+        print("\ncircuits: not measured, since there is no circuits.py here")
+        return {}
+    s = RECIPES["addition"]
+    clean, corrupted = torch.randint(13, (2, 64, s.block_size), device=config.device)
+    positions = torch.full((64,), s.block_size - 1, device=config.device)
+    shape = dict(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size, vocab_size=13)
+    title, runs = f"circuit search: {n_steps} steps, addition, 64 pairs", {}
+    for name, gate in (("dense", "none"), ("gated", config.gate)):
+        model = GPT(GPTConfig(**shape, gate=gate)).to(config.device).eval()
+        runs[name] = partial(find_circuit, model, clean, corrupted, positions, bound=0.05, steps=n_steps, seed=0)
+    results = measure(runs, config.rounds, config.device, warm_up=1)
+    show(title, results)
+    return {title: results}
+
+
+def main(argv):
+    if "--help" in argv or "-h" in argv:
+        print(f"{__doc__}\nfields:\n{command_line.help_text(BenchConfig())}")
+        return
+    config = command_line.parse(BenchConfig(), argv)
+    config.device = find_device(config.device)
+    cuda = config.device.startswith("cuda")
+    config.rounds = config.rounds or (20 if cuda else 5)
+    config.dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    print(f"{device_name(config.device)}, {config.dtype}, {config.rounds} rounds")
+    tables = {}
+    for name, measured in zip(WHAT, (attention, steps, circuits)):
+        if config.what[0] in (name, "all"):
+            tables |= measured(config)
+    path = Path(config.out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"device": device_name(config.device), "config": asdict(config), "tables": tables}, indent=2)
+        )
+    except OSError as error:
+        raise UserError(f"cannot write --out {path} ({error.strerror}): choose another")
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
