@@ -31,6 +31,7 @@ def quick(command):
             "prepare.py shakespeare",
             "prepare.py openwebtext",
             "tokenizer=gpt2",
+            "bench.py",
             "shakespeare_char_gpu",
             "train.py shakespeare_char\n",
         )
