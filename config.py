@@ -16,6 +16,7 @@ import difflib
 import math
 import os
 import sys
+import traceback
 from contextlib import contextmanager
 
 
@@ -159,9 +160,21 @@ def run(main):
     except UserError as error:
         for line in str(error).splitlines():
             print(f"{who}error: {line}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         print(f"{who}stopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(code):
+    """End the program. Under torchrun at once: closing the connection would wait for ranks that wait for this one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -286,10 +286,10 @@ class GPT(nn.Module):
         for block in self.h:
             if self.config.gate_input == "score":
                 q, k, _ = block.attn.qkv(block.ln_1(x))
-                scores = causal_scores(q, k).transpose(0, 1).flatten(1)  # (H, B T T)
-                pattern = causal_scores(q, k).softmax(dim=-1).transpose(0, 1).flatten(1)
-                scores, order = scores.sort(dim=1)
-                below = pattern.gather(1, order).double().cumsum(dim=1)  # weight of the edges up to this score
+                scores = causal_scores(q, k)
+                pattern = scores.softmax(dim=-1).transpose(0, 1).flatten(1)  # (H, B T T)
+                scores, order = scores.transpose(0, 1).flatten(1).sort(dim=1)  # forbidden pairs first, of weight zero
+                below = pattern.gather(1, order).cumsum(dim=1)  # weight of the edges up to this score
                 first = (below < (1 - mass) * below[:, -1:]).sum(dim=1, keepdim=True)
                 block.attn.gate_bias.copy_(log_alpha - scores.gather(1, first)[:, 0])
             else:
@@ -450,7 +450,7 @@ def load_checkpoint(path, format="nanosparse model"):
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not look at the checksums that torch.save writes
                 raise ValueError("a checksum does not fit")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
         raise UserError(f"{path} is damaged or no PyTorch checkpoint ({type(error).__name__}): restore it, or delete it")
     if (

@@ -31,20 +31,20 @@ def is_first():
 
 
 def own_device(device):
-    """cuda -> this rank's GPU of the machine; any other name as it is."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and world_size() > 1 else device
+    """cuda -> this rank's GPU of the machine, cuda:N; any other name as it is."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
 @contextmanager
 def joined(device):
     """Inside, the ranks can talk to each other, and only the first one's prints are seen. Raises UserError if another rank
     is gone, which ends the run instead of waiting for it."""
-    if world_size() == 1:
-        yield
-        return
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
+    if world_size() == 1:
+        yield
+        return
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))  # the first rank evaluates alone
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
@@ -53,15 +53,16 @@ def joined(device):
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error):
             raise UserError("another rank has stopped, see its message: the same command with --resume goes on from last.pt")
         raise
-    finally:
-        dist.destroy_process_group()
+    wait()
+    dist.destroy_process_group()  # not after an error: that would wait for ranks that wait for this one
 
 
 def replicated(model, device):
     """The model to train with: its backward pass takes the mean of the gradients over the ranks."""
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[torch.device(device)] if device.startswith("cuda") else None)
+    gpus = [torch.device(device)] if device.startswith("cuda") else None
+    return DistributedDataParallel(model, device_ids=gpus, gradient_as_bucket_view=True)  # no second copy of the gradients
 
 
 def gradients_stay(model, stay):

@@ -18,6 +18,7 @@ from matplotlib.patches import Arc
 from config import UserError
 
 HEAD_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933"]
+MOST_ARCS = 500
 CLOSED = "#f0f0f0"  # a causal pair without an edge
 # from a visible blue up, so that an open edge of weight zero still differs from a closed one
 WEIGHT_COLOURS = LinearSegmentedColormap.from_list("weight", plt.get_cmap("Blues")(np.linspace(0.22, 1.0, 256)))
@@ -87,6 +88,8 @@ def attention_figure(labels, records):
             if panel == 0:
                 axis.set_xlabel("key", fontsize=7, labelpad=1)
                 axis.set_ylabel("query", fontsize=7, labelpad=1)
+        if cell < 2:
+            block.supxlabel("in each panel, columns are keys and rows are queries", fontsize=7)
         bar = block.colorbar(image, ax=axes, shrink=0.6, pad=0.01, aspect=25)
         bar.set_label("attention weight", fontsize=7)
         bar.ax.tick_params(labelsize=7)
@@ -108,7 +111,8 @@ def arcs_figure(labels, weight, edges):
     """The open edges of one sequence as arcs over its tokens, one strip per layer, the last layer on top.
 
     labels: T strings; weight, edges: (L, H, T, T) as in attention_figure. An arc runs from a key to the query that reads
-    it, at its arrow head; a ring is a token that reads itself; the colour is the head, the width the attention weight.
+    it, at its arrow head; a ring is a token that reads itself; the colour is the head, the width the attention weight. Of a
+    layer with more than MOST_ARCS edges those with the largest weights are drawn.
     """
     labels = [visible(label) for label in labels]
     n_layer, n_head, T, _ = weight.shape
@@ -117,7 +121,9 @@ def arcs_figure(labels, weight, edges):
         n_layer, 1, figsize=(10, sum(tall) + 0.3 * n_layer + 0.4), height_ratios=tall, squeeze=False, layout="constrained"
     )
     for layer, axis in zip(reversed(range(n_layer)), axes[:, 0]):
-        for head, query, key in zip(*np.nonzero(edges[layer])):
+        found = np.argwhere(edges[layer])
+        heaviest = weight[layer][edges[layer]].argsort()[::-1][:MOST_ARCS]
+        for head, query, key in found[np.sort(heaviest)]:
             style = dict(color=HEAD_COLOURS[head % len(HEAD_COLOURS)], lw=0.6 + 2.4 * weight[layer, head, query, key])
             shift = (head - (n_head - 1) / 2) * 0.5 / n_head  # heads side by side, so that none hides another
             if query == key:
@@ -126,8 +132,9 @@ def arcs_figure(labels, weight, edges):
                 middle, width = (query + key) / 2 + shift, query - key
                 axis.add_patch(Arc((middle, 0), width, 2 * height(width, T), theta2=180, **style))
                 axis.plot(query + shift, 0.03, marker="v", color=style["color"], ms=5, clip_on=False)  # into the query
-        n_open = int(edges[layer].sum())
-        axis.set_ylabel(f"layer {layer}\n{n_open} edge{'s' * (n_open != 1)}", rotation=0, ha="right", va="center", fontsize=9)
+        n_open = len(found)
+        words = f"layer {layer}\n{n_open} edge{'s' * (n_open != 1)}" + f"\n({MOST_ARCS} drawn)" * (n_open > MOST_ARCS)
+        axis.set_ylabel(words, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xlim=(-0.6, T - 0.4), ylim=(0, 1.05), yticks=[])
         axis.set_xticks(range(T), labels, family="monospace", fontsize=float(np.clip(300 / T, 4, 13)))
         for side in ("top", "left", "right"):

@@ -50,11 +50,15 @@ def restore(run, settings, state):
     saved = run.saved
     if saved["settings"].get("dense") != settings.get("dense"):
         raise UserError(f"cannot resume {run.folder / 'last.pt'}: dense.pt is another one now: start without --resume")
+    if saved["settings"].get("code") != settings.get("code"):
+        print("note: the code was edited since this run began; its result will say so, and not be reused")
+        settings["code"] = f"{saved['settings'].get('code')}, then {settings.get('code')}"
     for name, part in state.items():
         (part.set_state if name == "batches" else part.load_state_dict)(saved["state"][name])
     torch.set_rng_state(saved["noise"][parallel.rank()])
     if saved["noise_cuda"] and run.config.device.startswith("cuda"):
         torch.cuda.set_rng_state(saved["noise_cuda"][parallel.rank()], run.config.device)
+    run.saved = {}  # it holds a copy of everything
     return saved["step"], saved["seconds"], saved["recent"]
 
 
@@ -89,12 +93,14 @@ def code_of(*files):
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in files)).hexdigest()[:12]
 
 
-def fingerprint(model):
-    """A hash of all weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def fingerprint(named_tensors):
+    """A hash of all weights, (name, tensor) in any order."""
+    digests = []
+    for name, tensor in named_tensors:
+        digest = hashlib.sha256(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def keep_log_lines(path, phase, step):

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +46,6 @@ from model import (
     load_checkpoint,
     open_source,
     save_checkpoint,
-    source_of,
 )
 from report import evaluate, progress_line, result_line, summarise, table
 from resume import (
@@ -134,6 +133,8 @@ class TrainConfig:
             problems.append(
                 f"--gradient_accumulation_steps {n} cannot be shared out over {ranks} processes: give a multiple of {ranks}"
             )
+        if ranks > 1 and self.device.startswith("cuda:") and self.device != parallel.own_device("cuda"):
+            problems.append(f"--device is {self.device}, but each of {ranks} processes takes a GPU of its own: give cuda")
         if self.attention == "fused" and not problems:
             problem = fused_problem(find_device(self.device))
             problems += [f"--attention is fused, which {problem}: choose auto or reference"] if problem else []
@@ -238,7 +239,7 @@ def divergence(teacher, logits, x, y, autocast):
     """Mean KL(teacher || model) in nats over the tokens that are to be predicted. logits: the model's, (B, T, V)."""
     with torch.no_grad(), autocast():
         wanted = teacher(x, y)[0]
-    wanted, logits = (t.float().log_softmax(-1)[y >= 0] for t in (wanted, logits))  # (N, V)
+    wanted, logits = (t[y >= 0].float().log_softmax(-1) for t in (wanted, logits))  # (N, V)
     return torch.nn.functional.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 
 
@@ -280,6 +281,8 @@ def training_loss(model, run):
         with run.autocast():
             loss = model(x, y)[1]
         losses += torch.stack(parallel.gathered(loss)).tolist()
+        if len(losses) % (100 * ranks) == 0 and any(parallel.mean(len(run.stop))):
+            raise Interrupted("while the dense model was measured: the same command with --resume goes on")
         if len(losses) < 16:
             continue
         needed = (torch.tensor(losses).std().item() / config.loss_accuracy) ** 2
@@ -307,7 +310,7 @@ class Run:
     folder: Path
     settings: dict  # what run_settings returned
     saved: dict  # the contents of last.pt when resuming, else {}
-    stop: list  # a signal's number is put here when the user wants to stop
+    stop: list = field(default_factory=list)  # a signal's number is put here when the user wants to stop
 
     def autocast(self):
         on = self.config.dtype == "bfloat16"
@@ -344,11 +347,31 @@ def train(config):
     saved."""
     device = parallel.own_device(find_device(config.device))
     config = replace(config, out_dir=config.out_dir or f"out/{config.dataset}", device=device)
+    if problems := device_problems(device):
+        raise UserError("\n".join(problems))
+    torch.set_float32_matmul_precision("high")
+    with parallel.joined(device):
+        run, initial, picture = prepare(config)
+        with signals_noted() as run.stop:
+            phases = {"dense": dense_phase(run, initial)}
+            phases["sparse"] = sparse_phase(run, phases["dense"].model)
+            if run.config.control:
+                phases["sparse"].model.cpu()  # out of the way
+                phases["control"] = control_phase(run, phases["dense"].model)
+            return finish(run, phases, picture) if parallel.is_first() else {}
+
+
+def prepare(config):
+    """Check everything that can be checked before hours of work, and make out_dir. Returns the Run, the Source of init_from
+    (None: scratch), and the tokens to draw. Raises UserError with all that is wrong."""
     folder = Path(config.out_dir)
     problems, initial, data, saved = [], None, None, {}
     with collected(problems):
         if config.init_from != "scratch":
-            initial = open_source(config.init_from)
+            for turn in range(2):  # the first rank downloads, then the others find it there
+                if parallel.is_first() == (turn == 0):
+                    initial = open_source(config.init_from)
+                parallel.wait()
             config = replace(config, **shape_of(initial, config))
     problems += command_line.check(config)
     with collected(problems):
@@ -364,24 +387,17 @@ def train(config):
                 check_settings(saved["run"], settings, folder / "last.pt")
     if problems:
         raise UserError("\n".join(problems))
-    torch.set_float32_matmul_precision("high")
-    with parallel.joined(config.device), signals_noted() as stop:
-        if parallel.is_first():
-            make_folder(folder, saved)
-        print(f"writing to {folder}", flush=True)
-        run = Run(config, data, folder, settings, saved, stop)
-        phases = {"dense": dense_phase(run, initial)}
-        phases["sparse"] = sparse_phase(run, phases["dense"].model)
-        if config.control:
-            phases["control"] = control_phase(run, phases["dense"].model)
-        return finish(run, phases, picture) if parallel.is_first() else {}
+    if parallel.is_first():
+        make_folder(folder, saved)
+    print(f"writing to {folder}", flush=True)
+    return Run(config, data, folder, settings, saved), initial, picture
 
 
 def finish(run, phases, picture):
     """Measure all models, write summary.json and the pictures, print the table. Returns the contents of summary.json."""
     config, folder = run.config, run.folder
     print("measuring all models on the whole validation split", flush=True)
-    results = {name: evaluate(phase.model, run.data, config.batch_size) for name, phase in phases.items()}
+    results = {name: evaluate(phase.model.to(config.device), run.data, config.batch_size) for name, phase in phases.items()}
     summary = summarise(config, run.data.is_task, phases, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     cost = [(key, {name: f"{n:,}" for name, n in summary[key].items()}) for key in ("steps", "seconds")]
@@ -397,7 +413,7 @@ def dense_phase(run, initial):
     if initial is not None:
         model = GPT.from_source(initial, dropout=config.dropout).to(config.device)
         if parallel.is_first():
-            save_checkpoint(checkpoint_of(model, run.data.meta, initial.trained_on), run.folder / "dense.pt")
+            keep_dense(checkpoint_of(model, run.data.meta, initial.trained_on), run.folder / "dense.pt")
         shape = f"{model.config.n_layer} layers, {model.config.n_head} heads, width {model.config.n_embd}"
         print(f"dense: {config.init_from} ({shape}, as it was trained)")
         return trained_as(model, initial.trained_on)
@@ -408,11 +424,21 @@ def dense_phase(run, initial):
     return train_or_reuse(run, "dense", settings, model, config.pretrain_steps, config.weight_decay)
 
 
+def keep_dense(checkpoint, path):
+    """Write the dense model to out_dir. One that is there already, unless it is the same, becomes dense.old.pt."""
+    if path.is_file():
+        if fingerprint(load_checkpoint(path)["model"].items()) == fingerprint(checkpoint["model"].items()):
+            return
+        print(f"note: {path} is another model: it will be kept as dense.old.pt")
+        set_aside(path)
+    save_checkpoint(checkpoint, path)
+
+
 def sparse_phase(run, dense):
     """The dense model with gates, post-trained under the bound."""
     config = run.config
     code = code_of("gates.py", "kernels.py", "constrained.py", "model.py", "train.py")
-    settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense), "code": code}
+    settings = {**settings_of(config, run.data, NO_RESULT), "dense": fingerprint(dense.state_dict().items()), "code": code}
     torch.manual_seed(config.seed)
     gated = {name: getattr(config, name) for name in ("gate", "gate_input", "gate_rank")}
     automatic = config.gate_bias == "auto"
@@ -429,7 +455,7 @@ def sparse_phase(run, dense):
 def control_phase(run, dense):
     """The dense model, trained on as the sparse one is, but for the loss alone."""
     left_out = NO_RESULT | (NOT_DENSE - {"sparsify_steps"})
-    settings = {**settings_of(run.config, run.data, left_out), "dense": fingerprint(dense)}
+    settings = {**settings_of(run.config, run.data, left_out), "dense": fingerprint(dense.state_dict().items())}
     model = GPT(dense.config)
     model.load_state_dict(dense.state_dict())
     return train_or_reuse(run, "control", settings, model, run.config.sparsify_steps, 0.0)
@@ -445,7 +471,8 @@ def train_or_reuse(run, name, settings, model, steps, weight_decay, bounded_by=N
         changed = differences(checkpoint["trained_on"].get("settings", {}), settings)
         if not changed:
             print(f"{name}: {path} has the same settings: reused (to train again, delete it or give another --out_dir)")
-            return trained_as(GPT.from_source(source_of(checkpoint, path)).to(run.config.device), checkpoint["trained_on"])
+            model.load_state_dict(checkpoint["model"])
+            return trained_as(model.to(run.config.device).eval(), checkpoint["trained_on"])
         print(f"note: {path} has other settings ({changed}): it will be kept as {name}.old.pt")
     seconds, bound = fit(run, name, settings, model.to(run.config.device), steps, weight_decay, bounded_by)
     trained_on = {
@@ -563,7 +590,7 @@ def settings_of(config, data, left_out):
 
 def run_settings(config, data, initial):
     """The settings of all phases together, and where they begin; what a resumed run must share with the interrupted one."""
-    start = "scratch" if initial is None else fingerprint(GPT.from_source(initial))[:12]
+    start = "scratch" if initial is None else fingerprint(initial.tensors())[:12]
     return {**settings_of(config, data, NO_RESULT), "init_from": start, "processes": parallel.world_size()}
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -157,7 +158,8 @@ def tensors_of(path, names):
 
 
 def load_bin(path):
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    mapped = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are not, and are read whole
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 @contextmanager
@@ -193,11 +195,14 @@ def write_folder(folder, config, named_tensors):
     }
     if config["gate"] != "none":
         stored["nanosparse"] = {key: value for key, value in config.items() if key.startswith("gate")}
+    temporary = folder / "model.safetensors.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "model.safetensors.tmp"
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write to {folder} ({error}): free some space, or choose another folder")
+    finally:
+        if folder.is_dir():
+            temporary.unlink(missing_ok=True)

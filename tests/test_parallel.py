@@ -16,6 +16,7 @@ from model import load_checkpoint
 from tests.conftest import ROOT
 from tests.test_train import SMALL
 
+OPTIONS = dict(gate_bias="auto", distill=0.5, activation_checkpointing=True)
 PROGRAM = """
 import os, signal, sys
 from dataclasses import replace
@@ -23,7 +24,7 @@ from dataclasses import replace
 import torch
 
 import config, gates, train
-from tests.test_parallel import fix_the_noise
+from tests.test_parallel import OPTIONS, fix_the_noise
 from tests.test_train import SMALL
 
 scenario, data_dir, out_dir, *words = sys.argv[1:]
@@ -46,7 +47,9 @@ train.training_step, train.draw = training_step, lambda *_: []
 if scenario == "fixed":
     fix_the_noise()
 settings = dict(data_dir=data_dir, out_dir=out_dir, bias=False, dropout=0.0, resume="resume" in words)
-config.run(lambda argv: train.train(replace(SMALL, gradient_accumulation_steps=2, **settings)))
+if scenario == "fixed":
+    settings |= OPTIONS
+config.run(lambda argv: train.train(replace(SMALL, gradient_accumulation_steps=4, **settings)))
 """
 
 
@@ -80,7 +83,7 @@ def multipliers(folder):
     return [line["multiplier"] for line in lines if "multiplier" in line]
 
 
-def test_two_ranks_train_what_one_process_with_two_micro_steps_trains(torchrun, tmp_path, data_dir, monkeypatch):
+def test_two_ranks_train_what_one_process_with_twice_the_micro_steps_trains(torchrun, tmp_path, data_dir, monkeypatch):
     code, out, err = torchrun("fixed", "two")
     assert code == 0, err
     assert out.count("writing to") == 1 and "hard edges" in out
@@ -88,7 +91,7 @@ def test_two_ranks_train_what_one_process_with_two_micro_steps_trains(torchrun, 
     monkeypatch.setattr(train_module, "draw", lambda *_: [])
     fix_the_noise()
     settings = dict(data_dir=str(data_dir), out_dir=str(tmp_path / "one"), bias=False, dropout=0.0)
-    train_module.train(replace(SMALL, gradient_accumulation_steps=2, **settings))
+    train_module.train(replace(SMALL, gradient_accumulation_steps=4, **OPTIONS, **settings))
     for name in ("dense.pt", "sparse.pt"):
         one, two = (load_checkpoint(tmp_path / folder / name)["model"] for folder in ("one", "two"))
         assert differences(one, two) < 1e-6
