@@ -1,4 +1,4 @@
-# make demo      train the addition model, make it sparse, draw the pictures
+# make demo      train the addition model, make it sparse, find the circuits of both, draw pictures
 # make test      run the tests
 # make test-all  those that take minutes, too
 # make .venv     only install what these need
@@ -14,6 +14,7 @@ demo: .venv/installed
 	@if [ -f data/addition/meta.json ]; then echo "data/addition is there: reused"; \
 	else .venv/bin/python data/prepare.py addition; fi
 	@.venv/bin/python train.py addition $(INTERRUPTED)
+	@.venv/bin/python circuits.py addition
 
 test: .venv/installed
 	@# torch's CUDA build brings a Triton of its own; elsewhere its interpreter tests kernels.py (there are wheels for Linux)

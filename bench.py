@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 import config as command_line
 import gates
+from circuits import Problem, search
 from config import UserError, arguments, option
 from constrained import LossBound
 from gates import GATES
@@ -238,24 +239,25 @@ def trainer(config, s, vocab_size, gate, attention):
     return partial(training_step, forward, optimizer, [(tokens[:, :-1], tokens[:, 1:])], bound, s.grad_clip, autocast)
 
 
-def circuits(config, n_steps=10):
-    """Ten steps of the search for a circuit in the addition recipe's model, dense and gated. -> {title: results}"""
-    try:
-        from circuits import find_circuit
-    except ModuleNotFoundError:
-        print("\ncircuits: not measured, since there is no circuits.py here")
-        return {}
-    s = RECIPES["addition"]
-    clean, corrupted = torch.randint(13, (2, 64, s.block_size), device=config.device)
-    positions = torch.full((64,), s.block_size - 1, device=config.device)
-    shape = dict(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size, vocab_size=13)
-    title, runs = f"circuit search: {n_steps} steps, addition, 64 pairs", {}
-    for name, gate in (("dense", "none"), ("gated", config.gate)):
-        model = GPT(GPTConfig(**shape, gate=gate)).to(config.device).eval()
-        runs[name] = partial(find_circuit, model, clean, corrupted, positions, bound=0.05, steps=n_steps, seed=0)
-    results = measure(runs, config.rounds, config.device, warm_up=1)
-    show(title, results)
-    return {title: results}
+def circuits(config):
+    """A step of the search for a circuit, batch 32: with 64 pairs of the addition recipe's shape, dense and gated; on CUDA
+    also with 200 pairs of 16 tokens in GPT-2 small's shape, dense. -> {title: results}"""
+    s, tables = RECIPES["addition"], {}
+    cases = [("addition", (s.n_layer, s.n_head, s.n_embd), 13, s.block_size, 64, ("none", config.gate))]
+    if config.device.startswith("cuda"):
+        cases.append(("gpt2", GPT2_SHAPES["gpt2"][:3], 50257, 16, 200, ("none",)))
+    for name, (n_layer, n_head, n_embd), vocab_size, T, n, kinds in cases:
+        clean, corrupted = torch.randint(vocab_size, (2, n, T), device=config.device)
+        positions = torch.full((n,), T - 1, device=config.device)
+        runs = {}
+        for kind in kinds:
+            shape = GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, gate=kind)
+            problem = Problem(GPT(shape).to(config.device), clean, corrupted, positions, "corrupted")
+            runs["dense" if kind == "none" else "gated"] = partial(search, problem, bound=0.05, steps=1, seed=0, batch_size=32)
+        title = f"circuit search: one step, batch 32 of {n} pairs of {T} tokens, {name}"
+        tables[title] = measure(runs, config.rounds, config.device, warm_up=1)
+        show(title, tables[title])
+    return tables
 
 
 def main(argv):

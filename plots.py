@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
-from matplotlib.patches import Arc
+from matplotlib.patches import Arc, FancyArrowPatch
 
 from config import UserError
 
@@ -214,4 +214,131 @@ def comparison_figure(curves, finals):
     style = dict(ls="", marker="o", color="#0072B2")
     handles = [Line2D([], [], **style), Line2D([], [], mfc="none", **style)]
     figure.legend(handles, ["loss within the bound", "over it"], loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+# Edges of a circuit by what reads them.
+EDGE_COLOURS = {"query": "#0072B2", "key": "#E69F00", "value": "#009E73", "MLP or logits": "#7f7f7f"}
+NODE_COLOURS = {"a": "#56B4E9", "m": "#CC79A7", "e": "#000000", "l": "#000000"}
+
+
+def edge_colour(reader):
+    """Of the edge into a reader such as a0.h1.q, m2 or logits."""
+    kind = {"q": "query", "k": "key", "v": "value"}.get(reader.split(".")[-1], "MLP or logits")
+    return EDGE_COLOURS[kind]
+
+
+def circuits_figure(circuits, n_layer, n_head):
+    """Circuits side by side, layers from bottom to top: a dot per head and MLP that takes part, a ring where one does not, and
+    an arc per edge.
+
+    circuits: {model's name: set of (writer, reader) names}.
+    """
+    middle = (n_head - 1) / 2
+    places = {"embed": (middle, 0), "logits": (middle, 2 * n_layer + 1)}
+    for layer in range(n_layer):
+        places |= {f"a{layer}.h{head}": (head, 2 * layer + 1) for head in range(n_head)}
+        places[f"m{layer}"] = (n_head + 0.4, 2 * layer + 2)
+    figure, axes = plt.subplots(
+        1, len(circuits), figsize=(10, 1.6 + 0.62 * (2 * n_layer + 1)), squeeze=False, layout="constrained"
+    )
+    for axis, (name, edges) in zip(axes[0], circuits.items()):
+        used = {"embed", "logits"}
+        for writer, reader in sorted(edges):
+            node = reader if reader in places else reader.rsplit(".", 1)[0]
+            used |= {writer, node}
+            bend = {"q": 0.06, "v": -0.06}.get(reader[-1], 0) if "." in reader else 0.16
+            arrow = FancyArrowPatch(
+                places[writer], places[node], connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=6,
+                color=edge_colour(reader), lw=0.9, alpha=0.7, shrinkA=5, shrinkB=6, zorder=1,
+            )  # fmt: skip
+            axis.add_patch(arrow)
+        for node, (x, y) in places.items():
+            colour = NODE_COLOURS[node[0]]
+            axis.plot(x, y, "o", ms=9, color=colour, mfc=colour if node in used else "white", alpha=1 if node in used else 0.35)
+        axis.set_title(f"{name}: {len(edges)} edge{'s' * (len(edges) != 1)}", fontsize=11, loc="left")
+        axis.set(xlim=(-0.7, n_head + 1.1), ylim=(-0.5, 2 * n_layer + 1.5))
+        rows = ["embed"] + [f"{kind} {layer}" for layer in range(n_layer) for kind in ("heads", "MLP")] + ["logits"]
+        axis.set_yticks(range(2 * n_layer + 2), rows, fontsize=8)
+        axis.set_xticks(range(n_head), [f"head {head}" for head in range(n_head)], fontsize=8)
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    lines = [Line2D([], [], color=colour, lw=2) for colour in EDGE_COLOURS.values()]
+    names = [f"read by {kind}" for kind in EDGE_COLOURS]
+    figure.legend(lines, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def curve_figure(curves):
+    """Faithfulness against number of edges, one line per model and way to choose edges.
+
+    curves: {model's name: {way: [(edges, faithfulness), ...]}}; the same ways for every model.
+    """
+    figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    for colour, (name, ways) in zip(HEAD_COLOURS, curves.items()):
+        for style, marker, (way, points) in zip(("-", "--", ":"), "os^", ways.items()):
+            edges, faithfulness = zip(*sorted(points))
+            axis.plot(edges, faithfulness, style, marker=marker, ms=5, color=colour, label=f"{name}, {way}")
+    axis.axhline(1, color="#000000", lw=0.6)
+    axis.set(xlabel="effective edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)", xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def positions_figure(labels, circuits, n_layer):
+    """Circuits over the tokens of one prompt, one panel per model, layers from bottom to top.
+
+    labels: T strings; circuits: {model's name: (edges, weight)}, edges a set of (writer, reader, position), weight (L, H, T, T)
+    the attention weight of this prompt where a head of the circuit reads, else zero. A line that crosses columns is a head
+    reading another token, its colour the head; a dot is a head or MLP that takes part at that position, and the grey lines are
+    the edges between them.
+    """
+    labels, T = [visible(label) for label in labels], len(labels)
+    gap = 0.65  # between what a head writes and what its queries, keys and values read, below
+    figure, axes = plt.subplots(
+        1, len(circuits), figsize=(10, 1.6 + 0.62 * (2 * n_layer + 1)), squeeze=False, sharey=True, layout="constrained"
+    )
+    heads = set()
+    for axis, (name, (edges, weight)) in zip(axes[0], circuits.items()):
+        n_head = weight.shape[1]
+
+        def shift(head):
+            return (head - (n_head - 1) / 2) * 0.6 / n_head  # heads side by side within a token's column
+
+        def place(node, position):
+            if node in ("embed", "logits"):
+                return position, 0 if node == "embed" else 2 * n_layer + 1
+            layer = int(node.split(".")[0][1:])
+            if node.startswith("m"):
+                return position, 2 * layer + 2
+            return position + shift(int(node.split(".h")[1].split(".")[0])), 2 * layer + 1
+
+        for writer, reader, position in edges:
+            (x0, y0), (x1, y1) = place(writer, position), place(reader, position)
+            axis.plot([x0, x1], [y0, y1 - (gap if "." in reader else 0)], color="#999999", lw=0.6, zorder=1)
+            for node in (writer, reader):
+                x, y = place(node, position)
+                if node == reader and "." in reader:  # what a head reads is below what it writes
+                    axis.plot(x, y - gap, ".", ms=3, color="#999999", zorder=2)
+                else:
+                    axis.plot(x, y, "o", ms=4, color=NODE_COLOURS[node[0]], zorder=2)
+        for layer, head, query, key in zip(*np.nonzero(weight)):
+            heads.add(int(head))
+            style = dict(color=HEAD_COLOURS[head % len(HEAD_COLOURS)], lw=0.5 + 2.5 * weight[layer, head, query, key])
+            x0, x1, y = key + shift(head), query + shift(head), 2 * layer + 1
+            axis.plot([x0, x1], [y - gap, y], solid_capstyle="round", zorder=3, **style)
+        n_links = np.count_nonzero(weight)
+        axis.set_title(f"{name}: {len(edges)} edges, heads read {n_links} times", fontsize=10, loc="left")
+        axis.set_xticks(range(T), labels, family="monospace", fontsize=float(np.clip(150 / T, 4, 12)))
+        axis.set(xlim=(-0.6, T - 0.4), ylim=(-0.4, 2 * n_layer + 1.4))
+        rows = ["embed"] + [f"{kind} {layer}" for layer in range(n_layer) for kind in ("heads", "MLP")] + ["logits"]
+        axis.set_yticks(range(2 * n_layer + 2), rows, fontsize=8)
+        axis.tick_params(length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    lines = [Line2D([], [], color=HEAD_COLOURS[head % len(HEAD_COLOURS)], lw=2) for head in sorted(heads)]
+    names = [f"head {head}" for head in sorted(heads)]
+    figure.legend(lines, names, loc="outside lower center", ncols=8, frameon=False, fontsize=9)
     return figure

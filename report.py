@@ -123,3 +123,45 @@ def summarise(config, is_task, phases, results):
 def device_name(device):
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
+
+
+CIRCUIT_ROWS = {  # figure of circuits.examine: (label, format)
+    "edges": ("edges", ",d"),
+    "heads": ("heads", "d"),
+    "mlps": ("MLPs", "d"),
+    "attention_edges": ("tokens read, per prompt", ",.1f"),
+    "bound": ("bound on the KL, nats", ".4f"),
+    "kl_searched": ("KL", ".4f"),
+    "kl": ("KL, fresh examples", ".4f"),
+    "logit_difference": ("logit difference", ".2f"),
+    "faithfulness": ("faithfulness", ".4f"),
+    "accuracy": ("accuracy", ".2%"),
+    "full_accuracy": ("full model's accuracy", ".2%"),
+    "preference": ("right above wrong", ".2%"),
+    "seconds": ("seconds", ".0f"),
+}
+
+
+def circuits_table(reports):
+    """The circuits of two models side by side. reports: {name: what circuits.examine says of the model}."""
+    first = {name: report["seeds"][0] for name, report in reports.items()}
+    rows = [("edges of the model", {name: f"{report['candidates']:,}" for name, report in reports.items()})]
+    for key, (label, form) in CIRCUIT_ROWS.items():
+        rows.append((label, {name: format(figures[key], form) for name, figures in first.items()}))
+    for way in ("attribution", "random"):
+        cells = {name: f"{report[way]['edges_at_the_bound']:,}" for name, report in reports.items() if way in report}
+        rows += [(f"edges, {way}", cells)] if cells else []
+    if all("overlap" in report for report in reports.values()):
+        edges = {name: [figures["edges"] for figures in report["seeds"]] for name, report in reports.items()}
+        rows.append(("edges, all seeds", {name: f"{min(n)} to {max(n)}" for name, n in edges.items()}))
+        rows.append(("overlap of seeds", {name: f"{report['overlap']:.2f}" for name, report in reports.items()}))
+    lines = ["", f"{'':24}" + "".join(f"{name:>12}" for name in reports)]
+    lines += [f"{label:24}" + "".join(f"{cells[name]:>12}" for name in reports) for label, cells in rows]
+    ratio = ratio_of(reports)
+    return "\n".join(lines + ["", f"edges dense / sparse: {'no edges to compare' if ratio is None else f'{ratio:.1f}'}"])
+
+
+def ratio_of(reports):
+    """Mean edges over seeds, dense over sparse; None where the sparse circuits are empty."""
+    dense, sparse = (sum(figures["edges"] for figures in reports[name]["seeds"]) for name in ("dense", "sparse"))
+    return dense / sparse if sparse else None

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from matplotlib.patches import Arc
+from matplotlib.patches import Arc, FancyArrowPatch
 
 import plots
 from report import table
@@ -73,3 +73,39 @@ def test_comparison_marks_what_ended_over_its_bound():
     assert [line.get_markerfacecolor() == "none" for line in points] == [False, True, False]
     lines = {line.get_label(): line.get_color() for axis in figure.axes[:2] for line in axis.lines}
     assert lines["a"] != lines["b"]  # one colour per variant
+
+
+EDGES = {("embed", "a0.h1.v"), ("embed", "a0.h1.q"), ("a0.h1", "m1"), ("m1", "logits")}
+
+
+def test_circuits_have_an_arrow_per_edge_and_a_full_dot_per_node():
+    figure = plots.circuits_figure({"dense": EDGES | {("m0", "logits")}, "sparse": EDGES}, n_layer=2, n_head=2)
+    dense, sparse = figure.axes
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["dense: 5 edges", "sparse: 4 edges"]
+    arrows = [patch for patch in sparse.patches if isinstance(patch, FancyArrowPatch)]
+    assert len(arrows) == 4 and len(dense.patches) == 5
+    colours = [tuple(round(part, 2) for part in arrow.get_edgecolor()[:3]) for arrow in arrows]
+    assert len(set(colours)) == 3  # value, query, and two others
+    full = {tuple(map(float, line.get_xydata()[0])) for line in sparse.lines if line.get_markerfacecolor() != "white"}
+    assert full == {(0.5, 0), (1, 1), (2.4, 4), (0.5, 5)}  # embed, layer 0's head 1, layer 1's MLP, logits
+
+
+def test_the_curve_has_a_line_per_model_and_way():
+    curves = {"dense": {"a": [(30, 1.0), (20, 0.5)], "b": [(30, 0.1)]}, "sparse": {"a": [(9, 0.9)], "b": [(9, 0.2)]}}
+    (axis,) = plots.curve_figure(curves).axes
+    lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+    assert set(lines) == {"dense, a", "dense, b", "sparse, a", "sparse, b"}
+    assert lines["dense, a"].get_xydata().tolist() == [[20, 0.5], [30, 1.0]], "in order of the edges"
+    assert lines["dense, a"].get_color() == lines["dense, b"].get_color() != lines["sparse, a"].get_color()
+
+
+def test_a_circuit_over_tokens_has_a_line_per_edge_and_per_token_read(record):
+    weight, _ = record
+    edges = {("embed", "a0.h1.v", 0), ("a0.h1", "m0", 2), ("m0", "logits", 3)}
+    (axis,) = plots.positions_figure(LABELS, {"sparse": (edges, weight)}, n_layer=2).axes
+    assert axis.get_title(loc="left") == "sparse: 3 edges, heads read 2 times"
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b", "␣", "c"]
+    reads = [line for line in axis.lines if line.get_color() == plots.HEAD_COLOURS[1]]
+    ends = sorted([round(float(x)) for x in line.get_xdata()] for line in reads)
+    assert ends == [[0, 2], [3, 3]]  # from the key to the query
+    assert reads[0].get_linewidth() != reads[1].get_linewidth()

@@ -10,7 +10,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-SHORT = "--pretrain_steps=3 --sparsify_steps=3 --batch_size=250 --eval_iters=1 --device=cpu"  # appended to training commands
+SHORT = {  # what is appended to a command of each program
+    "train.py": "--pretrain_steps=3 --sparsify_steps=3 --batch_size=250 --eval_iters=1 --device=cpu",
+    "circuits.py": "--steps=3 --examples=20 --no-curve --no-sweep",
+}
 
 
 def blocks(language):
@@ -30,7 +33,7 @@ def quick(command):
             "pip install",
             "prepare.py shakespeare",
             "prepare.py openwebtext",
-            "tokenizer=gpt2",
+            "gpt2",
             "bench.py",
             "shakespeare_char_gpu",
             "train.py shakespeare_char\n",
@@ -60,10 +63,12 @@ def test_commands_and_code_run_as_written(project):
     for command in commands():
         if not quick(command + "\n"):
             continue
-        output = run(project, f"{command} {SHORT}" if "train.py" in command else command)
+        output = run(project, " ".join([command, *(short for program, short in SHORT.items() if program in command)]))
         done.append(command)
         if "--plot=" in command:
             assert (project / "attention.png").is_file() and (project / "arcs.png").is_file()
+        if "circuits.py" in command:
+            assert "edges dense / sparse" in output
         if "--eval_only" in command:
             assert "hard edges" in output
     assert len(done) >= 9, f"the README lost its commands: {done}"

@@ -1,0 +1,213 @@
+"""
+Tasks: pairs of prompts, clean and corrupted, that differ in what decides the answer and in nothing else.
+
+A toy task's dataset gives them as it is (`from_dataset`). The others are made here from templates, or from random tokens, for
+any model whose tokenizer has the words as single tokens, such as GPT-2:
+
+    ioi            " Mary and John went to the shop, John gave a drink to" -> " Mary", not " John"     (Wang et al. 2022)
+    greater_than   "The war lasted from the year 1743 to the year 17" -> any of 44 .. 99, not less     (Hanna et al. 2023)
+    pronoun        "So Mary is such a good friend, isn't" -> " she", not " he"                         (Mathwin et al. 2023)
+    induction      random tokens, of which a piece comes again: what followed it the first time?      (Olsson et al. 2022)
+
+`from_file` reads one's own from JSON lines.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config import UserError
+from data.dataset import MAKE_COMMANDS, Dataset
+from data.tokenizer import tokenizer_of
+
+
+class Task(NamedTuple):
+    """N pairs of prompts of T tokens, each with K answers of one token."""
+
+    clean: torch.Tensor  # (N, T)
+    corrupted: torch.Tensor  # (N, T)
+    positions: torch.Tensor  # (N, K): the answer is the token that follows the one at this position
+    answers: torch.Tensor  # (N, K)
+    wrong: torch.Tensor  # (N, K): the answer that the corrupted prompt suggests, or a natural mistake
+    aligned: bool = True  # whether a position means the same in every example
+
+    def to(self, device):
+        return Task(*(field.to(device) for field in self[:5]), self.aligned)
+
+
+def make(name, model_config, meta, n, seed, data_dir="data"):
+    """n examples (0: 2,000 of a dataset, else 200) of a task by its name, for a model of that GPTConfig whose tokenizer meta
+    describes. Raises UserError for a task that does not exist or does not fit the model."""
+    if name == "induction":
+        return induction(model_config.vocab_size, model_config.block_size, n or 200, seed)
+    if name in TEMPLATES:
+        return from_template(name, tokenizer_of(meta), n or 200, seed)
+    known = ", ".join(["induction", *TEMPLATES])
+    if not (Path(data_dir) / name / "meta.json").is_file() and name not in MAKE_COMMANDS:
+        raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {Path(data_dir) / name} of it")
+    data = Dataset(name, model_config.block_size, data_dir)
+    if not data.is_task:
+        raise UserError(f"{name} is running text, no task: choose one of {known}, or the dataset of a toy task")
+    data.check_tokenizer(meta, "the model")
+    return from_dataset(data, n or 2000, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a dataset
+
+
+def from_dataset(data, n, seed):
+    """n examples of a toy task, drawn without replacement from the validation split (or all there are), each paired with
+    another whose answer differs in every token, or in as many as a hundred draws can find. data: a Dataset."""
+    rows = torch.from_numpy(data.tokens["val"].astype(np.int64)).view(-1, data.example_length)
+    generator = torch.Generator().manual_seed(seed)
+    clean = rows[torch.randperm(len(rows), generator=generator)[:n]]
+    corrupted = clean.clone()
+    for _ in range(100):
+        other = rows[torch.randint(len(rows), (len(clean),), generator=generator)]
+        differ = [(r[:, data.answer_start :] != clean[:, data.answer_start :]).sum(dim=1) for r in (other, corrupted)]
+        corrupted = torch.where((differ[0] > differ[1])[:, None], other, corrupted)
+    positions = torch.arange(data.answer_start - 1, data.example_length - 1).expand(len(clean), -1)
+    answers, wrong = clean[:, data.answer_start :], corrupted[:, data.answer_start :]
+    return Task(clean[:, :-1], corrupted[:, :-1], positions, answers, wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From templates
+
+NAMES = {
+    "he": "John James Robert Michael David William Richard Joseph Thomas Charles Paul Mark George Steven Kevin Peter".split(),
+    "she": "Mary Linda Jennifer Elizabeth Susan Jessica Sarah Karen Nancy Lisa Anna Laura Emily Alice Rachel Kate".split(),
+}
+PLACES = "store park school office station hospital restaurant garden beach library market house".split()
+THINGS = "book drink ring ball key letter card pen gift hat coat flower".split()
+EVENTS = "war siege strike trial voyage plague famine project festival rebellion journey expedition".split()
+TRAITS = "good great nice kind brave clever funny strong".split()
+ROLES = "friend person student teacher writer player singer neighbour dancer reader".split()
+IOI_FRAMES = [
+    "When{0} and{1} went to the{place},{2} gave a{thing} to",
+    "Then,{0} and{1} were at the{place}, and{2} handed a{thing} to",
+    "After{0} and{1} had left the{place},{2} wanted to give a{thing} to",
+]
+
+
+def ioi(tokenizer, rng):
+    """Indirect object identification. Both orders, ABBA and BABA; the corrupted prompt has three other names."""
+    names = [f" {name}" for name in NAMES["he"] + NAMES["she"]]
+    receiver, giver, *others = rng.choice(names, 5, replace=False)
+    frame, place, thing = rng.choice(IOI_FRAMES), f" {rng.choice(PLACES)}", f" {rng.choice(THINGS)}"
+    first, second = (receiver, giver) if rng.random() < 0.5 else (giver, receiver)
+    clean = frame.format(first, second, giver, place=place, thing=thing)
+    return clean, frame.format(*others, place=place, thing=thing), receiver, giver
+
+
+def greater_than(tokenizer, rng):
+    """A later year of the same century. The corrupted prompt begins so early that the wrong year is as right as the answer."""
+    century = rng.integers(11, 20)
+    years = [year for year in range(2, 100) if len(tokenizer.encode(f" {century}{year:02d}")) == 2]  # the century and the rest
+    early, wrong, start, answer = sorted(rng.choice(years, 4, replace=False)) if len(years) >= 4 else (0, 0, 0, 0)
+    frame = f"The {rng.choice(EVENTS)} lasted from the year {century}{{:02d}} to the year {century}"
+    return frame.format(start), frame.format(early), f"{answer:02d}", f"{wrong:02d}"
+
+
+def pronoun(tokenizer, rng):
+    """The pronoun of a name. The corrupted prompt has a name of the other gender."""
+    he, she = (rng.choice(NAMES[gender]) for gender in ("he", "she"))
+    frame = f"So {{}} is such a {rng.choice(TRAITS)} {rng.choice(ROLES)}, isn't"
+    pair = [(frame.format(he), " he"), (frame.format(she), " she")]
+    (clean, answer), (corrupted, wrong) = pair if rng.random() < 0.5 else pair[::-1]
+    return clean, corrupted, answer, wrong
+
+
+TEMPLATES = {"ioi": ioi, "greater_than": greater_than, "pronoun": pronoun}
+
+
+def from_template(name, tokenizer, n, seed):
+    """n examples of a task of TEMPLATES. An example whose answer is not one token, or whose prompts differ in length, is drawn
+    again; raises UserError where this tokenizer has none such in ten thousand draws."""
+    rng, examples, draws = np.random.default_rng(seed), [], 0
+    while len(examples) < n:
+        draws += 1
+        texts = TEMPLATES[name](tokenizer, rng)
+        clean, corrupted, answer, wrong = (list(map(int, tokenizer.encode(str(text)))) for text in texts)
+        if len(clean) == len(corrupted) and len(answer) == len(wrong) == 1 and answer != wrong:
+            examples.append((clean, corrupted, answer[0], wrong[0]))
+        elif not examples and draws > 10_000:
+            raise UserError(f"{name}: this tokenizer has no single tokens for the answers: take a model with GPT-2's tokens")
+    return stacked(examples)
+
+
+def stacked(examples):
+    """(clean, corrupted, answer, wrong) tokens of prompts of any lengths -> Task. Shorter ones are filled up at their end,
+    which no earlier position sees."""
+    T = max(len(clean) for clean, *_ in examples)
+    clean, corrupted = (torch.tensor([e[i] + [0] * (T - len(e[i])) for e in examples]) for i in (0, 1))
+    positions = torch.tensor([[len(e[0]) - 1] for e in examples])
+    answers, wrong = (torch.tensor([[e[i]] for e in examples]) for i in (2, 3))
+    return Task(clean, corrupted, positions, answers, wrong, aligned=len(positions.unique()) == 1)
+
+
+def induction(vocab_size, block_size, n, seed):
+    """Different random tokens, then a piece of them again; the answer is what followed the piece. The corrupted prompt has
+    other tokens of which none comes again; the wrong answer is another token of the clean prompt. Raises UserError where the
+    vocabulary or the context is too small."""
+    T = min(16, block_size)
+    piece = max(1, T // 4)
+    first = T - piece
+    if T < 6 or vocab_size < T + 1:
+        raise UserError(
+            f"induction takes 6 tokens of context and {T + 1} different ones: {block_size} and {vocab_size} are there"
+        )
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(n):
+        tokens, corrupted = (rng.choice(vocab_size, T, replace=False) for _ in range(2))
+        start = rng.integers(0, first - piece)
+        clean = [*tokens[:first], *tokens[start : start + piece]]
+        answer = tokens[start + piece]
+        wrong = rng.choice([t for t in tokens[:first] if t != answer])
+        examples.append(([int(t) for t in clean], [int(t) for t in corrupted], int(answer), int(wrong)))
+    return stacked(examples)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a file
+
+
+def from_file(path, tokenizer):
+    """One example per line, {"clean": text, "corrupted": text, "answer": text, "wrong_answer": text}; where the last is left
+    out, it is another line's answer. Raises UserError with the number of the first line that does not fit."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}): give a UTF-8 file of JSON lines")
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            texts = [record["clean"], record["corrupted"], record["answer"]]
+            texts += [record["wrong_answer"]] if "wrong_answer" in record else []
+            tokens = [list(map(int, tokenizer.encode("" + text))) for text in texts]  # a TypeError unless text
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} line {number}: {error!s:.80}: write a JSON object with clean, corrupted and answer")
+        if not tokens[0] or len(tokens[0]) != len(tokens[1]):
+            n_clean, n_corrupted = map(len, tokens[:2])
+            raise UserError(
+                f"{path} line {number}: clean has {n_clean} tokens, corrupted {n_corrupted}: give them equal lengths"
+            )
+        if any(len(answer) != 1 for answer in tokens[2:]):
+            raise UserError(f"{path} line {number}: an answer is not one token: {texts[2:]}")
+        examples.append([*tokens[:2], *(answer[0] for answer in tokens[2:])])
+    if not examples:
+        raise UserError(f"{path} is empty: write one JSON object per line")
+    answers = [example[2] for example in examples]
+    for number, example in enumerate(examples):
+        if len(example) == 3:
+            others = [answer for answer in answers[number:] + answers[:number] if answer != example[2]]
+            if not others:
+                raise UserError(f"{path} line {number + 1} has no wrong_answer, and no line another answer: add one")
+            example.append(others[0])
+    return stacked(examples)

@@ -1,0 +1,445 @@
+"""Circuits against weights written down by hand, a slow forward pass, and their own definitions."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import circuits
+from circuits import (
+    Circuit,
+    Graph,
+    Problem,
+    ablated_writers,
+    all_writers,
+    attribution,
+    circuit_output,
+    find_circuit,
+    graph_of,
+    masked_logits,
+    overlap,
+    read_out,
+    scores,
+)
+from config import UserError
+from data.dataset import read_meta
+from data.tasks import Task
+from gates import attention_pattern
+from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
+from tests.planted import PLANTED, T, previous_token, random_prompts
+from tests.test_model import tiny
+
+GATES = [
+    dict(),
+    dict(gate="hard_concrete"),
+    dict(gate="bernoulli"),
+    dict(gate="hard_concrete", gate_input="low_rank", gate_rank=3),
+    dict(bias=False),
+]
+ALL_GATES = pytest.mark.parametrize("gates", GATES, ids=["dense", "hard_concrete", "bernoulli", "low_rank", "no_bias"])
+
+
+def examples(n, vocab_size=13, length=7):
+    """Random (clean, corrupted) tokens and the last position."""
+    return [torch.randint(vocab_size, (n, length)) for _ in range(2)] + [torch.full((n,), length - 1)]
+
+
+def task_of(clean, corrupted, positions):
+    """A Task whose answers are the clean and the corrupted prompts' last tokens."""
+    return Task(clean, corrupted, positions.view(-1, 1), clean[:, -1:], corrupted[:, -1:])
+
+
+def mask_of(model, value=True):
+    return graph_of(model).edges[:, :, None] & value
+
+
+def logits_of(model, mask, clean, corrupted, ablation="corrupted"):
+    return torch.cat(list(masked_logits(model, mask, clean, ablated_writers(model, corrupted, ablation))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The graph
+
+
+def test_names_and_numbers():
+    graph = Graph(4, 4)
+    assert graph.edges.sum() == 479 and graph.writers[:3] == ["embed", "a0.h0", "a0.h1"] and graph.readers[-1] == "logits"
+    assert graph.readers[:13] == [f"a0.h{h}.{part}" for part in "qkv" for h in range(4)] + ["m0"]
+    gpt2 = Graph(12, 12)
+    assert (len(gpt2.writers), len(gpt2.readers), int(gpt2.edges.sum())) == (157, 445, 32_491)
+
+
+def effective_by_paths(graph, mask):
+    """The edges of all paths from embed to logits, walked one by one."""
+    open_edges = [(graph.writers[w], graph.readers[r]) for r, w in mask.nonzero().tolist()]
+    found = set()
+
+    def walk(writer, path):
+        for edge in open_edges:
+            if edge[0] == writer:
+                if edge[1] == "logits":
+                    found.update([*path, edge])
+                else:
+                    walk(edge[1].rsplit(".", 1)[0] if edge[1].startswith("a") else edge[1], [*path, edge])
+
+    walk("embed", [])
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_effective_edges_lie_on_a_path_from_embedding_to_logits(seed):
+    graph, generator = Graph(2, 2), torch.Generator().manual_seed(seed)
+    mask = graph.edges & (torch.rand(graph.edges.shape, generator=generator) < 0.3)
+    got = graph.effective(mask[:, :, None], torch.ones(2, 2, 1, 1, dtype=torch.bool))[:, :, 0]
+    names = {(graph.writers[w], graph.readers[r]) for r, w in got.nonzero().tolist()}
+    assert names == effective_by_paths(graph, mask)
+
+
+def test_effective_edges_by_position_follow_the_heads():
+    """Token 0 is read at position 1 by a head whose output is read there; anything elsewhere leads nowhere."""
+    graph = Graph(1, 1)  # readers: a0.h0.q, .k, .v, m0, logits; writers: embed, a0.h0, m0
+    mask = torch.zeros(5, 3, 3, dtype=torch.bool)
+    mask[2, 0] = True  # embed -> a0.h0.v everywhere
+    mask[4, 1, 1] = True  # a0.h0 -> logits at position 1
+    mask[3, 1, 2] = True  # a0.h0 -> m0 at position 2, which nobody reads
+    links = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
+    assert graph.effective(mask, links).nonzero().tolist() == [[2, 0, 0], [2, 0, 1], [4, 1, 1]]
+    only_itself = torch.eye(3, dtype=torch.bool)[None, None]
+    assert graph.effective(mask, only_itself).nonzero().tolist() == [[2, 0, 1], [4, 1, 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The masked forward pass
+
+
+@ALL_GATES
+@pytest.mark.parametrize("ablation", ["corrupted", "mean", "zero"])
+def test_with_all_edges_open_it_is_the_model(gates, ablation):
+    model = tiny(**gates)
+    clean, corrupted, _ = examples(5)
+    expected = model(clean, clean)[0]
+    assert (logits_of(model, mask_of(model), clean, corrupted, ablation) - expected).abs().max() < 1e-4
+    by_position = mask_of(model).expand(-1, -1, 7)
+    assert (logits_of(model, by_position, clean, corrupted, ablation) - expected).abs().max() < 1e-4
+
+
+@ALL_GATES
+def test_with_all_edges_closed_it_is_the_corrupted_run(gates):
+    model = tiny(**gates)
+    clean, corrupted, _ = examples(5)
+    assert (logits_of(model, mask_of(model, False), clean, corrupted) - model(corrupted, corrupted)[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("gate", ["none", "hard_concrete"])
+def test_gpt2_shapes(gate):
+    model = GPT(GPTConfig(block_size=16, gate=gate)).eval()
+    clean, corrupted, _ = examples(2, vocab_size=50257, length=5)
+    assert (logits_of(model, mask_of(model), clean, corrupted) - model(clean, clean)[0]).abs().max() < 1e-4
+
+
+def slow_logits(model, graph, mask, clean, corrupted):
+    """One reader after the other, each from a dict of activations: the definition, spelled out. mask: (R, W, T)."""
+    H, D = model.config.n_head, model.config.n_embd // model.config.n_head
+
+    def run(idx, other):
+        """Activations of all writers; readers take those of `other`, another run's, where their edge is closed."""
+        acts = {"embed": model.embed(idx)}
+
+        def read(reader):
+            total, row = 0, mask[graph.readers.index(reader)]
+            for w, writer in enumerate(graph.writers):
+                if graph.edges[graph.readers.index(reader), w]:
+                    z = row[w][None, :, None].float()
+                    total = total + (acts[writer] if other is None else z * acts[writer] + (1 - z) * other[writer])
+            return total
+
+        for layer, block in enumerate(model.h):
+            attn = block.attn
+            for h in range(H):
+                inputs = {part: block.ln_1(read(f"a{layer}.h{h}.{part}")) for part in "qkv"}
+                q, k, v = (attn.qkv(inputs[part])[i][:, [h]] for i, part in enumerate("qkv"))
+                gate_q, gate_k = (attn.gate_inputs(inputs[part])[i] for i, part in enumerate("qk"))
+                if gate_q is not None:
+                    gate_q, gate_k = gate_q[:, [h]], gate_k[:, [h]]
+                bias = torch.zeros(1) if attn.gate is None else attn.gate_bias[[h]]
+                pattern, log_alpha = attention_pattern(q, k, bias, gate_q, gate_k)
+                z = 1.0 if attn.gate is None else attn.gate.deterministic(log_alpha)
+                y = torch.zeros(len(idx), idx.size(1), H * D)
+                y[:, :, h * D : (h + 1) * D] = ((pattern * z) @ v)[:, 0]
+                out = F.linear(y, attn.c_proj.weight)
+                acts[f"a{layer}.h{h}"] = out if attn.c_proj.bias is None else out + attn.c_proj.bias / H
+            acts[f"m{layer}"] = block.mlp(block.ln_2(read(f"m{layer}")))
+        return acts, read("logits")
+
+    other, _ = run(corrupted, None)
+    return F.linear(model.ln_f(run(clean, other)[1]), model.wte.weight)
+
+
+@ALL_GATES
+@torch.no_grad()
+def test_any_mask_gives_what_a_slow_forward_pass_gives(gates):
+    model = tiny(**gates)
+    clean, corrupted, _ = examples(3)
+    for n_positions in (1, 7):
+        mask = mask_of(model) & (torch.rand(*graph_of(model).edges.shape, n_positions) < 0.5)
+        expected = slow_logits(model, graph_of(model), mask.expand(-1, -1, 7), clean, corrupted)
+        assert (logits_of(model, mask, clean, corrupted) - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_what_ablations_deliver():
+    model = tiny()
+    _, corrupted, _ = examples(4)
+    writers = all_writers(model, corrupted)
+    assert torch.equal(ablated_writers(model, corrupted, "corrupted"), writers)
+    assert torch.allclose(ablated_writers(model, corrupted, "mean")[0], writers.mean(dim=0), atol=1e-6)
+    zero = ablated_writers(model, corrupted, "zero")
+    assert (zero[:, [0, 3, 6]] == 0).all()  # the embedding and the MLPs
+    assert torch.allclose(zero[0, 1, 0], model.h[0].attn.c_proj.bias / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.__name__)
+def test_finds_the_planted_circuit_edge_for_edge(planted):
+    model, prompts, edges = planted()
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted = prompts(64, generator), random_prompts(64, generator)
+    positions = torch.full((64,), T - 1)
+    for seed in range(5):
+        circuit = find_circuit(model, clean, corrupted, positions, bound=0.01, steps=60, seed=seed, batch_size=8)
+        assert circuit.edges == edges, f"seed {seed}: too many {circuit.edges - edges}, missing {edges - circuit.edges}"
+
+
+def test_by_position_it_finds_where_the_planted_head_reads():
+    model, prompts, _ = previous_token()
+    generator = torch.Generator().manual_seed(0)
+    pair = [prompts(64, generator) for _ in range(2)]
+    circuit = find_circuit(model, *pair, torch.full((64,), T - 1), bound=0.01, steps=60, batch_size=8, by_position=True)
+    assert circuit.edges == {("embed", "a0.h0.v", T - 2), ("a0.h0", "logits", T - 1)}
+
+
+def bound_of(model, clean, corrupted, positions, fraction=0.05):
+    """A bound that takes some edges to keep: a fraction of the empty circuit's KL."""
+    return fraction * scores(Circuit(model, set()), task_of(clean, corrupted, positions))["kl"]
+
+
+@ALL_GATES
+@pytest.mark.parametrize("ablation", ["corrupted", "mean"])
+def test_the_circuit_keeps_the_bound_with_effective_edges_alone(gates, ablation):
+    model = tiny(**gates)
+    clean, corrupted, positions = given = examples(20)
+    bound = bound_of(model, *given)
+    circuit = find_circuit(model, *given, bound=bound, ablation=ablation, steps=40, batch_size=10, seed=3)
+    figures = scores(circuit, task_of(*given))
+    assert 0 < figures["edges"] == len(circuit.edges) < graph_of(model).edges.sum() and figures["kl"] <= bound
+    problem, mask = Problem(model, *given, ablation), circuit.mask()
+    assert torch.equal(problem.graph.effective(mask, problem.links), mask)
+    assert problem.fits(mask, bound) and not problem.fits(mask, 0.9 * figures["kl"])
+
+
+def test_the_same_seed_finds_the_same_circuit():
+    model = tiny()
+    given = examples(20)
+    bound = bound_of(model, *given)
+    one, two = (find_circuit(model, *given, bound=bound, steps=20, seed=4) for _ in range(2))
+    assert one.edges == two.edges != set() and overlap([one, two]) == 1
+
+
+def test_several_answer_positions_are_bounded_together():
+    model = tiny()
+    clean, corrupted, _ = examples(20)
+    positions = torch.tensor([[3, 6]]).expand(20, 2)
+    bound = bound_of(model, clean, corrupted, torch.full((20,), 6))
+    circuit = find_circuit(model, clean, corrupted, positions, bound=bound, steps=20)
+    full, logits = model(clean, clean)[0][:, [3, 6]], circuit.run(clean, corrupted)[:, [3, 6]]
+    kl = F.kl_div(logits.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean().item()
+    assert 0 < kl <= bound and kl == pytest.approx(
+        scores(circuit, Task(clean, corrupted, positions, clean[:, :2], clean[:, 2:4]))["kl"], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("gates", GATES[1:4], ids=["hard_concrete", "bernoulli", "low_rank"])
+def test_a_head_without_open_attention_keeps_no_edge(gates):
+    model = tiny(**gates)
+    with torch.no_grad():
+        model.h[0].attn.gate_bias[1] = model.h[1].attn.gate_bias[0] = -1e4
+    clean, corrupted, positions = examples(20)
+    circuit = find_circuit(model, clean, corrupted, positions, bound=1e-9, steps=5)  # too tight to leave out anything else
+    nodes = {tuple(node.split(".")[:2]) for edge in circuit.edges for node in edge}
+    assert ("a0", "h1") not in nodes and ("a1", "h0") not in nodes and ("a0", "h0") in nodes
+
+
+def test_attention_gates_are_not_sampled_and_weights_stay_as_they_were():
+    model = tiny(gate="hard_concrete").train()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    clean, corrupted, positions = examples(20)
+    x = circuit_output(model, clean, mask_of(model).float().expand(20, -1, -1, -1), ablated_writers(model, corrupted, "zero"))
+    assert (read_out(model, x) - model.eval()(clean, clean)[0]).abs().max() < 1e-4
+    find_circuit(model, clean, corrupted, positions, bound=0.2, steps=5)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures, files, baselines
+
+
+@pytest.mark.parametrize("ablation", ["corrupted", "mean", "zero"])
+@pytest.mark.parametrize("n_layer", [1, 2])
+def test_an_empty_circuit_and_a_constant_task_give_numbers(n_layer, ablation):
+    model = tiny(n_layer=n_layer)
+    clean, corrupted, positions = examples(6)
+    empty = scores(Circuit(model, set(), ablation), task_of(clean, corrupted, positions))
+    assert empty["faithfulness"] == 0 and empty["edges"] == empty["heads"] == empty["mlps"] == 0
+    constant = task_of(clean[:1].repeat(6, 1), clean[:1].repeat(6, 1), positions)
+    circuit = find_circuit(model, constant.clean, constant.corrupted, positions, bound=0.1, ablation=ablation, steps=5)
+    assert all(math.isfinite(value) for value in scores(circuit, constant).values())
+    assert ablation == "zero" or circuit.edges == set()
+
+
+def test_the_whole_graph_scores_as_the_model():
+    model = tiny()
+    clean, corrupted, positions = examples(30)
+    full = model(clean, clean)[0][:, -1]
+    task = task_of(clean, corrupted, positions)._replace(answers=full.argmax(-1, keepdim=True))
+    problem = Problem(model, clean, corrupted, positions, "corrupted")
+    figures = scores(problem.circuit(problem.candidates), task)
+    assert figures["faithfulness"] == pytest.approx(1, abs=1e-4) and figures["kl"] == pytest.approx(0, abs=1e-6)
+    assert figures["accuracy"] == figures["full_accuracy"] == 1 and (figures["heads"], figures["mlps"]) == (4, 2)
+    picked = full.gather(1, task.answers) - full.gather(1, task.wrong)
+    assert figures["logit_difference"] == pytest.approx(picked.mean().item(), abs=1e-4)
+    assert figures["preference"] == pytest.approx((picked > 0).float().mean().item())
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_a_saved_circuit_loads_and_scores_the_same(tmp_path, by_position):
+    model = tiny(gate="hard_concrete")
+    clean, corrupted, positions = examples(20)
+    bound = bound_of(model, clean, corrupted, positions)
+    circuit = find_circuit(model, clean, corrupted, positions, bound=bound, steps=20, ablation="mean", by_position=by_position)
+    assert circuit.edges
+    circuit.save(tmp_path / "circuit.json")
+    loaded = Circuit.load(tmp_path / "circuit.json", model)
+    assert loaded.edges == circuit.edges and loaded.found == circuit.found
+    task = task_of(clean, corrupted, positions)
+    assert scores(loaded, task) == scores(circuit, task)
+    assert torch.equal(loaded.run(clean, corrupted), circuit.run(clean, corrupted))
+
+
+def test_a_file_that_is_no_circuit_of_the_model(tmp_path):
+    path = tmp_path / "circuit.json"
+    Circuit(tiny(), {("a1.h1", "logits")}).save(path)
+    with pytest.raises(UserError, match="circuit.json holds no circuit of this model"):
+        Circuit.load(path, tiny(n_layer=1))
+    with pytest.raises(UserError, match="missing.json holds no circuit"):
+        Circuit.load(tmp_path / "missing.json", tiny())
+
+
+def test_attribution_is_the_slope_of_the_logit_difference():
+    """Against finite differences at z = 1, edge by edge."""
+    model = tiny(n_layer=1).double()
+    clean, corrupted, positions = examples(4)
+    task, problem = task_of(clean, corrupted, positions), Problem(model, clean, corrupted, positions, "corrupted")
+    got = attribution(problem, task.answers, task.wrong)
+
+    def difference(z):
+        x = circuit_output(model, clean, z.expand(4, -1, -1, -1), problem.ablated)
+        last = F.linear(model.ln_f(x[:, -1]), model.wte.weight)
+        return (last.gather(1, task.answers) - last.gather(1, task.wrong)).sum().item()
+
+    ones = torch.ones(*problem.graph.edges.shape, 1, dtype=torch.double)
+    for r, w in itertools.product(range(8), range(4)):
+        if problem.graph.edges[r, w]:
+            up, down = ones.clone(), ones.clone()
+            up[r, w], down[r, w] = 1 + 1e-4, 1 - 1e-4
+            assert got[r, w, 0].item() == pytest.approx(abs(difference(up) - difference(down)) / 2e-4, abs=1e-4)
+
+
+def test_overlap_is_intersection_over_union():
+    one, two, three = (Circuit(None, set(edges)) for edges in ("ab", "bc", ""))
+    assert overlap([one, two]) == pytest.approx(1 / 3) and overlap([one, three]) == 0 and overlap([three, three]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture
+def checkpoints(tmp_path, data_dir):
+    """An untrained model of the task `sums`, dense and gated; the second's last layer reads nothing."""
+    torch.manual_seed(0)
+    for name, gate in (("dense", "none"), ("sparse", "hard_concrete")):
+        model = tiny(vocab_size=12, gate=gate)
+        if gate != "none":
+            with torch.no_grad():
+                model.h[1].attn.gate_bias.fill_(-1e4)
+        save_checkpoint(checkpoint_of(model, read_meta(data_dir / "sums"), {}), tmp_path / f"{name}.pt")
+    save_checkpoint(checkpoint_of(tiny(vocab_size=12, n_layer=1), read_meta(data_dir / "sums"), {}), tmp_path / "short.pt")
+    return tmp_path
+
+
+def arguments_of(folder, data_dir):
+    files = [f"--dense={folder}/dense.pt", f"--sparse={folder}/sparse.pt", f"--data_dir={data_dir}", f"--out_dir={folder}"]
+    return ["sums", *files, "--steps=15", "--bound=1e-4", "--batch_size=8", "--device=cpu"]
+
+
+def test_dense_against_sparse_on_the_command_line(program, checkpoints, data_dir):
+    code, out, err = program(circuits.main, *arguments_of(checkpoints, data_dir), "--seeds=2")
+    assert code == 0, err
+    content = json.loads((checkpoints / "circuits.json").read_text())
+    for name, n_candidates in (("dense", 46), ("sparse", 18)):
+        report = content[name]
+        assert report["candidates"] == n_candidates and len(report["seeds"]) == 2 and 0 <= report["overlap"] <= 1
+        assert all(figures["kl_searched"] <= figures["bound"] for figures in report["seeds"] + report["bounds"])
+        assert [figures["bound"] for figures in report["bounds"]] == pytest.approx([3e-5, 1e-4, 3e-4, 3e-3])
+        for way in ("attribution", "random"):
+            assert report[way]["edges_at_the_bound"] <= n_candidates
+            assert all(a["edges"] >= b["edges"] for a, b in zip(report[way]["bounds"], report["bounds"]))
+        model = GPT.from_pretrained(checkpoints / f"{name}.pt")
+        circuit = Circuit.load(checkpoints / f"circuit_{name}.json", model)
+        assert len(circuit.edges) == report["seeds"][0]["edges"] and circuit.found["seed"] == 0
+    dense, sparse = (sum(f["edges"] for f in content[name]["seeds"]) for name in ("dense", "sparse"))
+    assert content["ratio"] == pytest.approx(dense / sparse) and f"edges dense / sparse: {dense / sparse:.1f}" in out
+    rows = {line[:24].strip(): line[24:].split() for line in out.splitlines()}
+    assert rows["edges of the model"] == ["46", "18"] and len(rows["overlap of seeds"]) == 2
+    assert all((checkpoints / name).stat().st_size > 5000 for name in ("circuits.png", "circuits_curve.png"))
+
+
+def test_positions_and_ones_own_examples(program, checkpoints, data_dir):
+    pairs = itertools.product("0123", "4567")
+    lines = [{"clean": f"{a}+{b}=", "corrupted": f"{b}+{a}=", "answer": a, "wrong_answer": b} for a, b in pairs]
+    (checkpoints / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = arguments_of(checkpoints, data_dir)
+    code, out, err = program(
+        circuits.main, *argv, f"--data={checkpoints}/own.jsonl", "--positions", "--no-curve", "--bound=1e-8"
+    )
+    assert code == 0, err
+    assert "edges dense / sparse" in out and (checkpoints / "circuits_positions.png").stat().st_size > 5000
+    edges = json.loads((checkpoints / "circuit_positions_dense.json").read_text())["edges"]
+    assert edges and all(0 <= position < 4 for _, _, position in edges)
+    assert not (checkpoints / "circuits_positions_curve.png").exists()
+
+
+WRONG = [
+    (["sums", "--sparse={}/short.pt"], "short.pt differ in shape or tokens: compare two versions of one model"),
+    (["sums", "--sparse={}/none.pt"], "there is no checkpoint"),
+    (["nothing"], "there is no task 'nothing': choose one of induction, ioi, greater_than, pronoun"),
+    ([], "give one task, such as addition: 0 were given"),
+    (["sums", "--ablation=noise"], "--ablation is 'noise': choose one of corrupted, mean, zero"),
+    (["sums", "--bound=0"], "--bound is 0.0: give more than 0"),
+    (["sums", "--data={}/none.jsonl"], "cannot read"),
+    (["ioi"], "the model does not know"),
+]
+
+
+@pytest.mark.parametrize("argv, sentence", WRONG, ids=[" ".join(argv) for argv, _ in WRONG])
+def test_bad_input_is_one_sentence_and_exit_code_2(program, checkpoints, data_dir, argv, sentence):
+    defaults = arguments_of(checkpoints, data_dir)[1:]
+    code, _, err = program(circuits.main, *defaults, *(word.format(checkpoints) for word in argv))
+    assert code == 2 and sentence in err and len(err.splitlines()) == 1

@@ -1,0 +1,140 @@
+"""Tasks: every pair of prompts is what the task says it is."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from config import UserError
+from data.dataset import Dataset
+from data.prepare import prepare_examples
+from data.tasks import NAMES, from_dataset, from_file, from_template, induction, make
+from data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from model import GPTConfig
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: give it the folder of GPT-2's vocabulary")
+    return GPT2Tokenizer()
+
+
+def texts(task, tokenizer):
+    """(clean, corrupted, answer, wrong) as text, without what fills shorter prompts up."""
+    for i, last in enumerate(task.positions[:, 0].tolist()):
+        rows = [task.clean[i, : last + 1], task.corrupted[i, : last + 1], task.answers[i], task.wrong[i]]
+        yield [tokenizer.decode(row.tolist()) for row in rows]
+
+
+def test_a_datasets_examples_are_paired_with_others_whose_answers_differ_everywhere(tmp_path):
+    pairs = [(f"{a}{b}>", "".join(sorted(f"{a}{b}"))) for a in range(10) for b in range(10)]
+    prepare_examples(pairs, tmp_path / "sort", val_fraction=0)
+    data = Dataset("sort", 8, tmp_path)
+    task, decode = from_dataset(data, 80, seed=1), data.meta["characters"].__getitem__
+    assert task.clean.shape == task.corrupted.shape == (80, 4) and task.positions[0].tolist() == [2, 3]
+    for i in range(80):
+        for tokens, answers in ((task.clean[i], task.answers[i]), (task.corrupted[i], task.wrong[i])):
+            assert "".join(sorted(map(decode, tokens[:2]))) == "".join(map(decode, answers)), "the answer is another's"
+            assert decode(tokens[3]) == decode(answers[0])  # the answer's first token is read, too
+    assert (task.answers != task.wrong).float().mean() > 0.97  # an answer such as 55 has few partners
+    assert len(set(map(tuple, task.clean[:, :2].tolist()))) == 80, "drawn without replacement"
+
+
+def test_a_task_of_one_answer_still_pairs(tmp_path):
+    prepare_examples([("a>", "x"), ("b>", "x")], tmp_path / "constant", val_fraction=0)
+    task = from_dataset(Dataset("constant", 8, tmp_path), 10, seed=0)
+    assert len(task.clean) == 2 and torch.equal(task.answers, task.wrong)
+
+
+def test_ioi_asks_for_the_name_that_comes_once_in_both_orders(gpt2):
+    orders = set()
+    for clean, corrupted, answer, wrong in texts(from_template("ioi", gpt2, 100, seed=0), gpt2):
+        assert clean.count(answer) == 1 and clean.count(wrong) == 2 and answer[0] == " "
+        orders.add(clean.index(answer) < clean.index(wrong))
+        names = [name for name in sum(NAMES.values(), []) if f" {name}" in corrupted]
+        assert len(names) == 3 and f" {names[0]}" not in (answer, wrong)
+        assert clean.split()[-1] == corrupted.split()[-1] == "to"
+    assert orders == {True, False}, "both ABBA and BABA"
+
+
+def test_greater_than_has_a_right_and_a_wrong_year_and_a_prompt_where_both_are_right(gpt2):
+    for clean, corrupted, answer, wrong in texts(from_template("greater_than", gpt2, 100, seed=0), gpt2):
+        start, other = (int(text.split("the year ")[1][2:4]) for text in (clean, corrupted))
+        assert other < int(wrong) < start < int(answer) and len(answer) == len(wrong) == 2
+        assert clean[-2:] == clean.split("the year ")[1][:2]
+
+
+def test_pronouns_fit_the_names(gpt2):
+    for clean, corrupted, answer, wrong in texts(from_template("pronoun", gpt2, 100, seed=0), gpt2):
+        assert {answer, wrong} == {" he", " she"}
+        assert clean.split()[1] in NAMES[answer[1:]] and corrupted.split()[1] in NAMES[wrong[1:]]
+        assert clean.split()[2:] == corrupted.split()[2:]
+
+
+def test_templates_come_from_their_seed_in_any_number(gpt2):
+    one, two, three = (from_template("ioi", gpt2, 40, seed) for seed in (3, 3, 4))
+    assert torch.equal(one.clean, two.clean) and not torch.equal(one.clean, three.clean) and len(one.clean) == 40
+    assert (one.clean.gather(1, one.positions) == one.corrupted.gather(1, one.positions)).all(), "lengths differ within a pair"
+
+
+def test_templates_need_single_tokens():
+    with pytest.raises(UserError, match="ioi: this tokenizer has no single tokens for the answers"):
+        from_template("ioi", ByteTokenizer(), 1, seed=0)
+
+
+def test_induction_repeats_a_piece_and_asks_what_followed_it():
+    task = induction(vocab_size=40, block_size=64, n=50, seed=0)
+    assert task.clean.shape == (50, 16) and task.aligned
+    for clean, corrupted, answer, wrong in zip(*(t.tolist() for t in (task.clean, task.corrupted, task.answers, task.wrong))):
+        first = clean.index(clean[12])
+        assert clean[first : first + 4] == clean[12:] and clean[first + 4] == answer[0] != wrong[0] and wrong[0] in clean
+        assert len(set(corrupted)) == 16 and len(set(clean[:12])) == 12
+    with pytest.raises(UserError, match="induction takes 6 tokens of context and 9 different ones: 8 and 5 are there"):
+        induction(vocab_size=5, block_size=8, n=1, seed=0)
+
+
+LINES = [
+    {"clean": "ab", "corrupted": "cd", "answer": "x", "wrong_answer": "y"},
+    {"clean": "abc", "corrupted": "cde", "answer": "z"},
+]
+
+
+def write(path, lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_a_file_of_ones_own_examples(tmp_path):
+    task = from_file(write(tmp_path / "own.jsonl", LINES), ByteTokenizer())
+    assert [list(map(chr, answers)) for answers in task.answers] == [["x"], ["z"]]
+    assert chr(task.wrong[0]) == "y" and chr(task.wrong[1]) == "x", "left out: another line's answer"
+    assert task.positions.tolist() == [[1], [2]] and not task.aligned
+    assert bytes(task.clean[1].tolist()) == b"abc" and bytes(task.corrupted[0, :2].tolist()) == b"cd"
+
+
+BAD = [
+    (['{"clean": "ab"'], "line 1: Expecting"),
+    ([LINES[0], {"clean": "ab", "answer": "x"}], "line 2: 'corrupted': write a JSON object with clean, corrupted and answer"),
+    ([{**LINES[0], "corrupted": "cde"}], "line 1: clean has 2 tokens, corrupted 3: give them equal lengths"),
+    ([{**LINES[0], "answer": "xy"}], "line 1: an answer is not one token"),
+    ([{"clean": "a", "corrupted": "b", "answer": 3}], "line 1"),
+    (["7"], "line 1"),
+    ([LINES[1]], "line 1 has no wrong_answer, and no line another answer: add one"),
+    ([], "own.jsonl is empty"),
+]
+
+
+@pytest.mark.parametrize("lines, sentence", BAD, ids=[sentence for _, sentence in BAD])
+def test_a_bad_file_is_one_sentence(tmp_path, lines, sentence):
+    with pytest.raises(UserError) as error:
+        from_file(write(tmp_path / "own.jsonl", lines), ByteTokenizer())
+    assert sentence in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_task_that_does_not_exist_or_is_none(tmp_path):
+    with pytest.raises(UserError, match="there is no task 'adition': choose one of induction, ioi, greater_than, pronoun"):
+        make("adition", GPTConfig(), {}, 0, 0, tmp_path)
+    with pytest.raises(UserError, match="run `python data/prepare.py addition`"):
+        make("addition", GPTConfig(), {}, 0, 0, tmp_path)
