@@ -157,6 +157,8 @@ def run(main):
     who = "" if rank == "0" else f"rank {rank}: "
     try:
         main(sys.argv[1:])
+        if under_torchrun():
+            leave(0)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"{who}error: {line}", file=sys.stderr)
@@ -171,9 +173,14 @@ def run(main):
         leave(1)
 
 
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def leave(code):
-    """End the program. Under torchrun at once: closing the connection would wait for ranks that wait for this one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    """End the program. Under torchrun at once: closing the connection would wait for ranks that wait for this one, and PyTorch's
+    threads do not always survive the end of the interpreter."""
+    if under_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

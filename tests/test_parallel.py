@@ -49,6 +49,7 @@ if scenario == "fixed":
 settings = dict(data_dir=data_dir, out_dir=out_dir, bias=False, dropout=0.0, resume="resume" in words)
 if scenario == "fixed":
     settings |= OPTIONS
+    torch.set_default_dtype(torch.float64)
 config.run(lambda argv: train.train(replace(SMALL, gradient_accumulation_steps=4, **settings)))
 """
 
@@ -83,13 +84,15 @@ def multipliers(folder):
     return [line["multiplier"] for line in lines if "multiplier" in line]
 
 
-def test_two_ranks_train_what_one_process_with_twice_the_micro_steps_trains(torchrun, tmp_path, data_dir, monkeypatch):
+def test_two_ranks_train_what_one_process_with_twice_the_micro_steps_trains(torchrun, tmp_path, data_dir, monkeypatch, request):
     code, out, err = torchrun("fixed", "two")
     assert code == 0, err
     assert out.count("writing to") == 1 and "hard edges" in out
     monkeypatch.setattr(gates.HardConcrete, "sample", gates.HardConcrete.sample)
     monkeypatch.setattr(train_module, "draw", lambda *_: [])
     fix_the_noise()
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
     settings = dict(data_dir=str(data_dir), out_dir=str(tmp_path / "one"), bias=False, dropout=0.0)
     train_module.train(replace(SMALL, gradient_accumulation_steps=4, **OPTIONS, **settings))
     for name in ("dense.pt", "sparse.pt"):
