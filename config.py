@@ -178,8 +178,8 @@ def under_torchrun():
 
 
 def leave(code):
-    """End the program. Under torchrun at once: closing the connection would wait for ranks that wait for this one, and PyTorch's
-    threads do not always survive the end of the interpreter."""
+    """End the program. Under torchrun at once: closing the connection would wait for ranks that wait for this one, and
+    PyTorch's threads do not always survive the end of the interpreter."""
     if under_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
