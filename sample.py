@@ -51,7 +51,7 @@ class SampleConfig:
 
 
 def score(config, source, model):
-    """--eval_only: the figures of the model on the whole validation split of config.dataset."""
+    """--eval_only: the figures of the model on the validation split of config.dataset."""
     data = Dataset(config.dataset, model.config.block_size, config.data_dir, config.device)
     data.check_tokenizer(source.tokenizer, source.name)
     print(table({"dense" if model.config.gate == "none" else "sparse": evaluate(model, data, batch_size=32)}))

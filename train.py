@@ -110,7 +110,9 @@ class TrainConfig:
     grad_clip: float = option(1.0, "largest norm of the gradient", above=0)
     # what to print and when
     eval_interval: int = option(500, "steps between evaluations; the run is saved as often", at_least=1)
-    eval_iters: int = option(20, "batches per evaluation while training; the closing one takes the whole split", at_least=1)
+    eval_iters: int = option(
+        20, "batches per evaluation while training; the closing one takes the split, or 2^20 tokens", at_least=1
+    )
     log_interval: int = option(50, "steps between two lines of the log", at_least=1)
     plot_text: str = option("", "what attention.png shows; empty: the beginning of the validation split")
     # the machine
@@ -197,9 +199,9 @@ RECIPES = {
 
 # Fields that do not change what a phase computes, and fields that the dense phase does not look at.
 NO_RESULT = set(
-    "data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device compile".split()
+    "data_dir out_dir init_from resume control eval_interval eval_iters log_interval plot_text device attention compile "
+    "activation_checkpointing".split()
 )
-NO_RESULT |= {"attention", "activation_checkpointing"}
 NOT_DENSE = {name for name in TrainConfig.__dataclass_fields__ if name.startswith(("gate", "multiplier_"))}
 NOT_DENSE |= {"loss_tolerance", "loss_accuracy", "distill", "sparsify_steps"}
 
@@ -396,7 +398,7 @@ def prepare(config):
 def finish(run, phases, picture):
     """Measure all models, write summary.json and the pictures, print the table. Returns the contents of summary.json."""
     config, folder = run.config, run.folder
-    print("measuring all models on the whole validation split", flush=True)
+    print("measuring all models on the validation split", flush=True)
     results = {name: evaluate(phase.model.to(config.device), run.data, config.batch_size) for name, phase in phases.items()}
     summary = summarise(config, run.data.is_task, phases, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
