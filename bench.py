@@ -261,10 +261,7 @@ def circuits(config):
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nfields:\n{command_line.help_text(BenchConfig())}")
-        return
-    config = command_line.parse(BenchConfig(), argv)
+    config = command_line.parse_or_help(BenchConfig(), argv, __doc__)
     config.device = find_device(config.device)
     cuda = config.device.startswith("cuda")
     config.rounds = config.rounds or (20 if cuda else 5)

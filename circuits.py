@@ -600,10 +600,7 @@ def draw(config, models, circuits, reports, task, meta, folder):
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nfields:\n{command_line.help_text(CircuitConfig())}")
-        return
-    config = command_line.parse(CircuitConfig(), argv)
+    config = command_line.parse_or_help(CircuitConfig(), argv, __doc__)
     config.device = find_device(config.device)
     paths = {name: getattr(config, name) or f"out/{config.task[0]}/{name}.pt" for name in ("dense", "sparse")}
     folder = Path(config.out_dir or f"out/{config.task[0]}")

@@ -62,6 +62,14 @@ def parse(config, argv, problems=()):
     return config
 
 
+def parse_or_help(config, argv, doc):
+    """As parse. With --help or -h among argv, print doc and every field instead, and end the program."""
+    if "--help" in argv or "-h" in argv:
+        print(f"{doc}\nfields:\n{help_text(config)}")
+        sys.exit(0)
+    return parse(config, argv)
+
+
 def read_option(words, fields, values):
     """Take one option off the front of words and put its value into values. Raises UserError."""
     word = words.pop(0)
@@ -169,6 +177,8 @@ def run(main):
         print(f"{who}stopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
         leave(130)
     except Exception:
+        if not under_torchrun():
+            raise
         traceback.print_exc()
         leave(1)
 

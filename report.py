@@ -45,8 +45,8 @@ def evaluate(model, data, batch_size, n_batches=None):
     }
     if data.is_task:
         result["accuracy"] = n_right / n_rows
-    if data.part("val"):
-        result["part"] = data.part("val")
+    if part := data.part("val"):
+        result["part"] = part
     return result
 
 
@@ -85,9 +85,7 @@ def table(results, bound=None, extra=()):
     rows.append(("expected edges", {name: f"{r['edges_expected']:.2%}" for name, r in results.items()}))
     rows.append(("empty rows", {name: f"{r['rows_empty']:.1%}" for name, r in results.items()}))
     rows.append(("mass removed", {name: f"{r['mass_removed']:.1%}" for name, r in results.items()}))
-    lines = ["", f"{'':16}" + "".join(f"{name:>12}" for name in results)]
-    for label, cells in [*rows, *extra]:
-        lines.append(f"{label:16}" + "".join(f"{cells.get(name, ''):>12}" for name in results))
+    lines = side_by_side(results, [*rows, *extra], 16)
     parts = {result["part"]: None for result in results.values() if "part" in result}
     lines += [f"all on {part}" for part in parts]
     if "sparse" in results:
@@ -97,6 +95,12 @@ def table(results, bound=None, extra=()):
         for layer, row in enumerate(heads):
             lines.append(f"{f'layer {layer}':10}" + "".join(f"{100 * fraction:9.2f}" for fraction in row))
     return "\n".join(lines)
+
+
+def side_by_side(names, rows, width):
+    """The lines of a table with a column per name. rows: (label, {name: text}); width: of the labels, characters."""
+    rows = [("", {name: name for name in names}), *rows]
+    return ["", *(f"{label:{width}}" + "".join(f"{cells.get(name, ''):>12}" for name in names) for label, cells in rows)]
 
 
 def summarise(config, is_task, phases, results):
@@ -155,10 +159,11 @@ def circuits_table(reports):
         edges = {name: [figures["edges"] for figures in report["seeds"]] for name, report in reports.items()}
         rows.append(("edges, all seeds", {name: f"{min(n)} to {max(n)}" for name, n in edges.items()}))
         rows.append(("overlap of seeds", {name: f"{report['overlap']:.2f}" for name, report in reports.items()}))
-    lines = ["", f"{'':24}" + "".join(f"{name:>12}" for name in reports)]
-    lines += [f"{label:24}" + "".join(f"{cells[name]:>12}" for name in reports) for label, cells in rows]
     ratio = ratio_of(reports)
-    return "\n".join(lines + ["", f"edges dense / sparse: {'no edges to compare' if ratio is None else f'{ratio:.1f}'}"])
+    return "\n".join(
+        side_by_side(reports, rows, 24)
+        + ["", f"edges dense / sparse: {'no edges to compare' if ratio is None else f'{ratio:.1f}'}"]
+    )
 
 
 def ratio_of(reports):

@@ -107,10 +107,7 @@ def draw(config, models, idx):
 
 
 def main(argv):
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nfields:\n{command_line.help_text(SampleConfig())}")
-        return
-    config = command_line.parse(SampleConfig(), argv)
+    config = command_line.parse_or_help(SampleConfig(), argv, __doc__)
     config.device = find_device(config.device)
     models = []  # (Source, model)
     for path in filter(None, (config.compare, *config.checkpoint)):

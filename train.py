@@ -370,9 +370,10 @@ def prepare(config):
     problems, initial, data, saved = [], None, None, {}
     with collected(problems):
         if config.init_from != "scratch":
-            for turn in range(2):  # the first rank downloads, then the others find it there
-                if parallel.is_first() == (turn == 0):
-                    initial = open_source(config.init_from)
+            if not parallel.is_first():
+                parallel.wait()  # the first rank downloads, then the others find it there
+            initial = open_source(config.init_from)
+            if parallel.is_first():
                 parallel.wait()
             config = replace(config, **shape_of(initial, config))
     problems += command_line.check(config)
@@ -513,11 +514,8 @@ def fit(run, name, settings, model, steps, weight_decay, bounded_by):
         )
         print(f"the dense model's training loss is {loss:.4f}; the bound while training is {bound.bound:.4f}")
         if not resumed and parallel.is_first():
-            print(
-                result_line(
-                    "the dense model's validation:", evaluate(bounded_by, run.data, config.batch_size, config.eval_iters)
-                )
-            )
+            result = evaluate(bounded_by, run.data, config.batch_size, config.eval_iters)
+            print(result_line("the dense model's validation:", result))
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
     torch.manual_seed(config.seed + 2 + parallel.rank())  # of the gates' noise and dropout

@@ -432,10 +432,7 @@ def listed(text):
 def main(argv):
     if argv[:1] == ["--run"]:
         return run_one(*argv[1:])
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\nfields:\n{command_line.help_text(StudyConfig())}")
-        return
-    config = command_line.parse(StudyConfig(), argv)
+    config = command_line.parse_or_help(StudyConfig(), argv, __doc__)
     words = listed(config.only) or list(TABLES)
     if config.tables:
         print_tables([word for word in words if word in TABLES])
