@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 
 import config, gates, train
-from tests.test_parallel import OPTIONS, fix_the_noise
+from tests.test_parallel import FEW_STEPS, OPTIONS, fix_the_noise, take_the_kernels
 from tests.test_train import SMALL
 
 scenario, data_dir, out_dir, *words = sys.argv[1:]
@@ -47,6 +47,9 @@ train.training_step, train.draw = training_step, lambda *_: []
 if scenario == "fixed":
     fix_the_noise()
 settings = dict(data_dir=data_dir, out_dir=out_dir, bias=False, dropout=0.0, resume="resume" in words)
+if scenario == "fused":
+    take_the_kernels()
+    settings |= FEW_STEPS
 if scenario == "fixed":
     settings |= OPTIONS
     torch.set_default_dtype(torch.float64)
@@ -58,6 +61,24 @@ def fix_the_noise():
     """Gates are sampled with the same uniforms everywhere, so that it does not matter which rank samples them."""
     sample = gates.HardConcrete.sample
     gates.HardConcrete.sample = lambda self, log_alpha, u=None: sample(self, log_alpha, torch.full_like(log_alpha, 0.5))
+
+
+FEW_STEPS = dict(OPTIONS, n_layer=1, n_head=1, batch_size=4, sparsify_steps=3)  # Triton's interpreter is slow
+
+
+def take_the_kernels(replace=setattr):
+    """Fused attention in Triton's interpreter, with the same noise everywhere."""
+    import kernels
+    from model import GPT
+
+    def use_attention(self, name, device):
+        for block in self.h:
+            block.attn.attend = kernels.gated_attention
+        return "fused, in the interpreter"
+
+    replace(GPT, "use_attention", use_attention)
+    replace(kernels, "BLOCKS", (32, 32))
+    replace(kernels, "new_seed", lambda device: torch.tensor([7], device=device))
 
 
 @pytest.fixture
@@ -99,6 +120,22 @@ def test_two_ranks_train_what_one_process_with_twice_the_micro_steps_trains(torc
         one, two = (load_checkpoint(tmp_path / folder / name)["model"] for folder in ("one", "two"))
         assert differences(one, two) < 1e-6
     assert multipliers(tmp_path / "one") == pytest.approx(multipliers(tmp_path / "two"), abs=1e-6)
+
+
+def test_fused_attention_on_two_ranks_trains_what_it_trains_in_one_process(torchrun, tmp_path, data_dir, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed: `make test` installs it")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and Triton's interpreter is off")
+    code, out, err = torchrun("fused", "two")
+    assert code == 0 and "gated attention: fused, in the interpreter" in out, err
+    monkeypatch.setattr(train_module, "draw", lambda *_: [])
+    take_the_kernels(monkeypatch.setattr)
+    settings = dict(data_dir=str(data_dir), out_dir=str(tmp_path / "one"), bias=False, dropout=0.0)
+    train_module.train(replace(SMALL, gradient_accumulation_steps=4, **FEW_STEPS, **settings))
+    for name in ("dense.pt", "sparse.pt"):
+        one, two = (load_checkpoint(tmp_path / folder / name)["model"] for folder in ("one", "two"))
+        assert differences(one, two) < 1e-4
+    assert multipliers(tmp_path / "one") == pytest.approx(multipliers(tmp_path / "two"), abs=1e-4)
 
 
 def test_two_ranks_stop_together_and_resume(torchrun, tmp_path):
