@@ -161,35 +161,46 @@ def mix(z, delta):
     return torch.einsum("brwt,bwtc->brtc", z, delta)
 
 
-def circuit_output(model, idx, z, ablated):
+def layer_output(block, z, base, delta, ablated):
+    """What a layer's heads and its MLP add to the residual stream, less what they add when ablated: (B, H + 1, T, C). z:
+    (B, 3 H + 1, n + H, P) gates of its readers; of the n writers before it, base: (B or 1, 1, T, C), their ablated sum, and delta:
+    (B, n, T, C), circuit_w - ablated_w; ablated: (B or 1, H + 1, T, C), its own."""
+    attn, n, H = block.attn, delta.size(1), block.attn.n_head
+    h = block.ln_1(base + mix(z[:, : 3 * H, :n], delta))  # (B, 3H, T, C)
+    qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
+    if attn.c_attn.bias is not None:
+        qkv = qkv + attn.c_attn.bias.view(3 * H, 1, -1)
+    gate_q = gate_k = None
+    if attn.gate_qk is not None:
+        seen = torch.einsum("brtc,rdc->brtd", h[:, : 2 * H], attn.gate_qk.weight.unflatten(0, (2 * H, -1)))
+        gate_q, gate_k = seen.split(H, dim=1)
+    heads = head_outputs(attn, *qkv.split(H, dim=1), gate_q, gate_k) - ablated[:, :H]
+    base = base + ablated[:, :H].sum(dim=1, keepdim=True)
+    mlp = block.mlp(block.ln_2(base + mix(z[:, 3 * H :, :n], delta) + mix(z[:, 3 * H :, n:], heads)))
+    return torch.cat([heads, mlp - ablated[:, H:]], dim=1)
+
+
+def circuit_output(model, idx, z, ablated, written=None):
     """The model with gates on its edges: the logits' input, (B, T, C). idx: (B, T) tokens; z: (B, R, W, P) gates; ablated:
-    (B or 1, W, T, C).
+    (B or 1, W, T, C); written: a list of what the first layers write (layer_output), where that is known; the others are appended.
 
     A reader gets sum_w ablated_w + sum_w z_rw (circuit_w - ablated_w): one batched product for all queries, keys and values of
-    a layer, one for its MLP. LayerNorm comes after the mixing, for every reader on its own. Gates that see a query and a key
+    a layer, two for its MLP. LayerNorm comes after the mixing, for every reader on its own. Gates that see a query and a key
     of their own read what the head's query and key read.
     """
-    H = model.config.n_head
-    base = ablated.cumsum(dim=1)  # of the first writers, their sum
-    delta = model.embed(idx)[:, None] - ablated[:, :1]  # (B, writers so far, T, C)
-    row = 0
-    for block in model.h:
-        attn, n = block.attn, delta.size(1)
-        h = block.ln_1(base[:, n - 1 : n] + mix(z[:, row : row + 3 * H, :n], delta))  # (B, 3H, T, C)
-        qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
-        if attn.c_attn.bias is not None:
-            qkv = qkv + attn.c_attn.bias.view(3 * H, 1, -1)
-        gate_q = gate_k = None
-        if attn.gate_qk is not None:
-            seen = torch.einsum("brtc,rdc->brtd", h[:, : 2 * H], attn.gate_qk.weight.unflatten(0, (2 * H, -1)))
-            gate_q, gate_k = seen.split(H, dim=1)
-        heads = head_outputs(attn, *qkv.split(H, dim=1), gate_q, gate_k)
-        delta = torch.cat([delta, heads - ablated[:, n : n + H]], dim=1)
-        n, row = n + H, row + 3 * H
-        mlp = block.mlp(block.ln_2(base[:, n - 1 : n] + mix(z[:, row : row + 1, :n], delta)))
-        delta = torch.cat([delta, mlp - ablated[:, n : n + 1]], dim=1)
-        row += 1
-    return (base[:, -1:] + mix(z[:, row:], delta))[:, 0]
+    H, row = model.config.n_head, 0
+    written = [] if written is None else written
+    base = ablated[:, :1]
+    delta = model.embed(idx)[:, None] - base
+    for layer, block in enumerate(model.h):
+        n = delta.size(1)
+        own = ablated[:, n : n + H + 1]
+        if layer == len(written):
+            written.append(layer_output(block, z[:, row : row + 3 * H + 1, : n + H], base, delta, own))
+        base = base + own.sum(dim=1, keepdim=True)
+        delta = torch.cat([delta, written[layer]], dim=1)
+        row += 3 * H + 1
+    return (base + mix(z[:, row:], delta))[:, 0]
 
 
 def read_out(model, x, positions=None):
@@ -200,15 +211,15 @@ def read_out(model, x, positions=None):
 
 
 @torch.no_grad()
-def masked_logits(model, mask, clean, ablated, positions=None):
+def masked_logits(model, mask, clean, ablated, positions=None, written=None):
     """The circuit's logits in chunks of (B, K, V), or of (B, T, V) without positions. mask: (R, W, P) bool; ablated: (N or 1,
-    W, T, C)."""
+    W, T, C); written: one list per chunk, as circuit_output takes it."""
     z = mask.to(ablated.device, ablated.dtype)
-    for start in range(0, len(clean), CHUNK):
-        part = slice(start, start + CHUNK)
-        idx, where = clean[part], None if positions is None else positions[part]
-        x = circuit_output(model, idx, z.expand(len(idx), -1, -1, -1), ablated if len(ablated) == 1 else ablated[part])
-        yield read_out(model, x, where)
+    for number, idx in enumerate(clean.split(CHUNK)):
+        part = slice(number * CHUNK, (number + 1) * CHUNK)
+        given = z.expand(len(idx), -1, -1, -1), ablated if len(ablated) == 1 else ablated[part]
+        x = circuit_output(model, idx, *given, written and written[number])
+        yield read_out(model, x, None if positions is None else positions[part])
 
 
 @torch.no_grad()
@@ -294,15 +305,24 @@ class Problem:
             candidates[-1] &= asked
         self.candidates = self.graph.effective(candidates, self.links)  # (R, W, P): the others can make no difference
 
-    def fits(self, mask, bound):
-        """Whether the circuit's mean KL over all examples is at most bound. Stops as soon as the sum is too large."""
-        left = bound * self.positions.numel()
-        chunks = masked_logits(self.model, mask, self.clean, self.ablated, self.positions)
-        for full, logits in zip(self.full.split(CHUNK), chunks):
-            left -= divergence(full, logits).sum().item()
+    def fits(self, mask, bound, known=None, changed=0):
+        """If the circuit's mean KL over all examples is at most bound, a list, for every chunk of examples: what each layer
+        writes, and the sum of its KL; else None, as soon as the sum is too large.
+
+        known: such a list of another circuit, which differs only in what layers from `changed` on read. The layers before are not
+        computed again, and chunks to come are counted with the KL that they had, which makes the first ones tell.
+        """
+        known = known or [([], 0.0)] * math.ceil(len(self.clean) / CHUNK)
+        written = [layers[:changed] for layers, _ in known]
+        left = bound * self.positions.numel() - sum(kl for _, kl in known)
+        sums = []
+        logits = masked_logits(self.model, mask, self.clean, self.ablated, self.positions, written)
+        for full, logits, (_, before) in zip(self.full.split(CHUNK), logits, known):
+            sums.append(divergence(full, logits).sum().item())
+            left += before - sums[-1]
             if left < 0:
-                return False
-        return True
+                return None
+        return list(zip(written, sums))
 
     def prefix(self, ranking, k):
         """The k candidates of largest ranking (R, W, P), less those that are not effective, as a mask."""
@@ -335,12 +355,17 @@ class Problem:
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first, and put back where
         the bound would not hold."""
         self.hardest_first(mask)
+        known = self.fits(mask, math.inf)
+        readers_per_layer, edges_per_reader = 3 * self.graph.n_head + 1, mask[0].numel()
         for edge in self.order(ranking).flip(0).tolist():
             if mask.view(-1)[edge]:
                 smaller = mask.clone()
                 smaller.view(-1)[edge] = False
                 smaller = self.graph.effective(smaller, self.links)
-                mask = smaller if self.fits(smaller, bound) else mask
+                layer = edge // edges_per_reader // readers_per_layer  # of the reader; the logits' is the last one's + 1
+                found = self.fits(smaller, bound, known, layer)
+                if found:
+                    mask, known = smaller, found
         return mask
 
     def circuit(self, mask, **found):
@@ -506,8 +531,8 @@ class CircuitConfig:
     data: str = option("", "your own examples, JSON lines with clean, corrupted, answer and, if you like, wrong_answer")
     data_dir: str = option("data", "where the datasets of toy tasks are")
     out_dir: str = option("", "where to write; empty: out/<task>")
-    examples: int = option(0, "pairs of prompts to search on, and as many to score on; 0: 2,000 of a dataset, else 200",
-                           at_least=0)  # fmt: skip
+    examples: int = option(0, "pairs of prompts to search on, and as many to score on; 0: 2,000 of a toy task, 500 of text, "
+                           "else 200", at_least=0)  # fmt: skip
     bound: float = option(0.001, "KL(full model || circuit) at the answer, nats, not to be exceeded", above=0)
     ablation: str = option(
         "corrupted", "what closed edges deliver: the corrupted prompt's, the mean, nothing", choices=ABLATIONS

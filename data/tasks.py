@@ -1,8 +1,9 @@
 """
 Tasks: pairs of prompts, clean and corrupted, that differ in what decides the answer and in nothing else.
 
-A toy task's dataset gives them as it is (`from_dataset`). The others are made here from templates, or from random tokens, for
-any model whose tokenizer has the words as single tokens, such as GPT-2:
+A toy task's dataset gives them as it is (`from_dataset`), and so does running text, whose task is the next token (`from_text`).
+The others are made here from templates, or from random tokens, for any model whose tokenizer has the words as single tokens,
+such as GPT-2:
 
     ioi            " Mary and John went to the shop, John gave a drink to" -> " Mary", not " John"     (Wang et al. 2022)
     greater_than   "The war lasted from the year 1743 to the year 17" -> any of 44 .. 99, not less     (Hanna et al. 2023)
@@ -39,8 +40,8 @@ class Task(NamedTuple):
 
 
 def make(name, model_config, meta, n, seed, data_dir="data"):
-    """n examples (0: 2,000 of a dataset, else 200) of a task by its name, for a model of that GPTConfig whose tokenizer meta
-    describes. Raises UserError for a task that does not exist or does not fit the model."""
+    """n examples (0: 2,000 of a toy task's dataset, 500 of running text, else 200) of a task by its name, for a model of that
+    GPTConfig whose tokenizer meta describes. Raises UserError for a task that does not exist or does not fit the model."""
     if name == "induction":
         return induction(model_config.vocab_size, model_config.block_size, n or 200, seed)
     if name in TEMPLATES:
@@ -49,10 +50,8 @@ def make(name, model_config, meta, n, seed, data_dir="data"):
     if not (Path(data_dir) / name / "meta.json").is_file() and name not in MAKE_COMMANDS:
         raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {Path(data_dir) / name} of it")
     data = Dataset(name, model_config.block_size, data_dir)
-    if not data.is_task:
-        raise UserError(f"{name} is running text, no task: choose one of {known}, or the dataset of a toy task")
     data.check_tokenizer(meta, "the model")
-    return from_dataset(data, n or 2000, seed)
+    return from_dataset(data, n or 2000, seed) if data.is_task else from_text(data, n or 500, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,6 +72,27 @@ def from_dataset(data, n, seed):
     positions = torch.arange(data.answer_start - 1, data.example_length - 1).expand(len(clean), -1)
     answers, wrong = clean[:, data.answer_start :], corrupted[:, data.answer_start :]
     return Task(clean[:, :-1], corrupted[:, :-1], positions, answers, wrong)
+
+
+def from_text(data, n, seed, length=32):
+    """n pieces of the validation split of running text, of `length` tokens (or the block size, if less), whose task is the token
+    that follows. Each is paired with another piece, another token following. data: a Dataset. Raises UserError where the
+    text has no two different tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        x, y = data.cut("val", data.draw("val", n, generator))
+        return x[:, -length:], y[:, -1:]
+
+    (clean, answers), (corrupted, wrong) = draw(n), draw(n)
+    for _ in range(100):
+        same = (answers == wrong)[:, 0]
+        if not same.any():
+            break
+        corrupted[same], wrong[same] = draw(int(same.sum()))
+    else:
+        raise UserError(f"the validation split of {data.name} is one token again and again: give more text")
+    return Task(clean, corrupted, torch.full_like(answers, clean.size(1) - 1), answers, wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from circuits import (
     circuit_output,
     find_circuit,
     graph_of,
+    layer_output,
     masked_logits,
     overlap,
     read_out,
@@ -241,6 +242,24 @@ def test_the_circuit_keeps_the_bound_with_effective_edges_alone(gates, ablation)
     problem, mask = Problem(model, *given, ablation), circuit.mask()
     assert torch.equal(problem.graph.effective(mask, problem.links), mask)
     assert problem.fits(mask, bound) and not problem.fits(mask, 0.9 * figures["kl"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_layers_that_read_the_same_are_not_computed_again_and_make_no_difference(changed, monkeypatch):
+    monkeypatch.setattr(circuits, "CHUNK", 8)
+    model = tiny(gate="hard_concrete")
+    problem = Problem(model, *examples(20), "corrupted")
+    mask, readers = problem.candidates.clone(), 7 * changed  # q, k and v of two heads, and the MLP's
+    known = problem.fits(mask, math.inf)
+    mask[readers:] &= torch.rand(mask[readers:].shape) < 0.5
+    calls = []
+    monkeypatch.setattr(circuits, "layer_output", lambda *given: calls.append(given[0]) or layer_output(*given))
+    again, anew = problem.fits(mask, math.inf, known, changed), problem.fits(mask, math.inf)
+    assert calls == [*model.h[changed:]] * 3 + [*model.h] * 3
+    assert [kl for _, kl in again] == pytest.approx([kl for _, kl in anew]) and sum(kl for _, kl in anew) > 0
+    total = sum(kl for _, kl in anew) / 20
+    assert problem.fits(mask, 1.01 * total, known, changed) and not problem.fits(mask, 0.99 * total, known, changed)
 
 
 def test_the_same_seed_finds_the_same_circuit():

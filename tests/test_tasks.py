@@ -2,14 +2,15 @@
 
 import json
 import os
+import random
 
 import pytest
 import torch
 
 from config import UserError
 from data.dataset import Dataset
-from data.prepare import prepare_examples
-from data.tasks import NAMES, from_dataset, from_file, from_template, induction, make
+from data.prepare import prepare_examples, prepare_text
+from data.tasks import NAMES, from_dataset, from_file, from_template, from_text, induction, make
 from data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from model import GPTConfig
 
@@ -46,6 +47,26 @@ def test_a_task_of_one_answer_still_pairs(tmp_path):
     prepare_examples([("a>", "x"), ("b>", "x")], tmp_path / "constant", val_fraction=0)
     task = from_dataset(Dataset("constant", 8, tmp_path), 10, seed=0)
     assert len(task.clean) == 2 and torch.equal(task.answers, task.wrong)
+
+
+def test_running_texts_task_is_the_next_token(tmp_path):
+    text = "".join(random.Random(0).choices("abcd", k=4000))
+    (tmp_path / "text.txt").write_text(text)
+    prepare_text([tmp_path / "text.txt"], tmp_path / "letters", "char", 0.1)
+    data = Dataset("letters", 40, tmp_path)
+    task = make("letters", GPTConfig(block_size=40, vocab_size=4), data.meta, 50, seed=0, data_dir=tmp_path)
+    assert task.clean.shape == (50, 32) and task.positions.tolist() == [[31]] * 50 and (task.answers != task.wrong).all()
+    read = lambda *tokens: "".join(data.meta["characters"][t] for t in torch.cat(tokens).tolist())
+    for clean, corrupted, answer, wrong in zip(task.clean, task.corrupted, task.answers, task.wrong):
+        assert read(clean, answer) in text[-400:] and read(corrupted, wrong) in text[-400:], "the validation split"
+    assert make("letters", GPTConfig(block_size=8, vocab_size=4), data.meta, 5, 0, tmp_path).clean.shape == (5, 8)
+
+
+def test_a_text_of_one_token_is_no_task(tmp_path):
+    (tmp_path / "text.txt").write_text("a" * 500)
+    prepare_text([tmp_path / "text.txt"], tmp_path / "letters", "char", 0.1)
+    with pytest.raises(UserError, match="validation split of letters is one token again and again: give more text"):
+        from_text(Dataset("letters", 8, tmp_path), 5, seed=0)
 
 
 def test_ioi_asks_for_the_name_that_comes_once_in_both_orders(gpt2):
