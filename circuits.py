@@ -162,9 +162,10 @@ def mix(z, delta):
 
 
 def layer_output(block, z, base, delta, ablated):
-    """What a layer's heads and its MLP add to the residual stream, less what they add when ablated: (B, H + 1, T, C). z:
-    (B, 3 H + 1, n + H, P) gates of its readers; of the n writers before it, base: (B or 1, 1, T, C), their ablated sum, and delta:
-    (B, n, T, C), circuit_w - ablated_w; ablated: (B or 1, H + 1, T, C), its own."""
+    """What a layer's heads and its MLP add to the residual stream, less what they add when ablated: (B, H + 1, T, C).
+
+    z: (B, 3 H + 1, n + H, P) gates of its readers; base: (B or 1, 1, T, C), sum_w ablated_w of the n writers before it; delta:
+    (B, n, T, C), circuit_w - ablated_w of these; ablated: (B or 1, H + 1, T, C), its own writers'."""
     attn, n, H = block.attn, delta.size(1), block.attn.n_head
     h = block.ln_1(base + mix(z[:, : 3 * H, :n], delta))  # (B, 3H, T, C)
     qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
@@ -182,7 +183,8 @@ def layer_output(block, z, base, delta, ablated):
 
 def circuit_output(model, idx, z, ablated, written=None):
     """The model with gates on its edges: the logits' input, (B, T, C). idx: (B, T) tokens; z: (B, R, W, P) gates; ablated:
-    (B or 1, W, T, C); written: a list of what the first layers write (layer_output), where that is known; the others are appended.
+    (B or 1, W, T, C); written: a list of what layer_output returns for the first layers, where that is known; the others' is
+    appended.
 
     A reader gets sum_w ablated_w + sum_w z_rw (circuit_w - ablated_w): one batched product for all queries, keys and values of
     a layer, two for its MLP. LayerNorm comes after the mixing, for every reader on its own. Gates that see a query and a key
@@ -309,8 +311,8 @@ class Problem:
         """If the circuit's mean KL over all examples is at most bound, a list, for every chunk of examples: what each layer
         writes, and the sum of its KL; else None, as soon as the sum is too large.
 
-        known: such a list of another circuit, which differs only in what layers from `changed` on read. The layers before are not
-        computed again, and chunks to come are counted with the KL that they had, which makes the first ones tell.
+        known: such a list of another circuit, which differs only in what layers from `changed` on read. The layers before are
+        not computed again, and chunks to come are counted with the KL that they had, which makes the first ones tell.
         """
         known = known or [([], 0.0)] * math.ceil(len(self.clean) / CHUNK)
         written = [layers[:changed] for layers, _ in known]

@@ -75,9 +75,9 @@ def from_dataset(data, n, seed):
 
 
 def from_text(data, n, seed, length=32):
-    """n pieces of the validation split of running text, of `length` tokens (or the block size, if less), whose task is the token
-    that follows. Each is paired with another piece, another token following. data: a Dataset. Raises UserError where the
-    text has no two different tokens."""
+    """n pieces of the validation split of running text, of `length` tokens (or the block size, if less), whose task is the
+    token that follows. Each is paired with another piece, another token following. data: a Dataset. Raises UserError where
+    the text has no two different tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n):
