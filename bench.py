@@ -52,7 +52,7 @@ class BenchConfig:
     dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
     compile: bool = option(False, "of step: torch.compile the models")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    out: str = option("out/bench.json", "where to write the figures")
+    out: str = option("", "where to write the figures; empty: out/bench_<what>.json")
 
     def problems(self):
         problems = device_problems(self.device)
@@ -76,8 +76,12 @@ def measure(candidates, rounds, device, warm_up=3):
             for _ in range(warm_up):
                 run()
             results[name] = {"memory": peak_memory(run, device)}
-        except (torch.OutOfMemoryError, RuntimeError, UserError) as error:
-            results[name] = "out of memory" if "out of memory" in str(error) else str(error).strip().splitlines()[0]
+        except Exception as error:  # of PyTorch, of Triton, of the project: the other candidates are still worth measuring
+            results[name] = (
+                "out of memory"
+                if "out of memory" in str(error)
+                else (str(error).strip() or type(error).__name__).splitlines()[0]
+            )
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -113,6 +117,8 @@ def peak_memory(run, device):
 def synchronise(device):
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
 
 
 def show(title, results, tokens=None):
@@ -186,8 +192,9 @@ def attention_candidates(config, shape):
             kernels.BACKWARD_PASSES = passes
             return gated(kernels.gated_attention, *inputs)
 
-        candidates["fused, 2 backward passes"] = (partial(fused, 2), inputs, dy)
+        # the default comes last, and so is what training steps are measured with
         candidates["fused, 1 backward pass"] = (partial(fused, 1), inputs, dy)
+        candidates["fused, 2 backward passes"] = (partial(fused, 2), inputs, dy)
     if find_spec("splash_attention"):
         from splash_attention import splash_attention
 
@@ -219,9 +226,21 @@ def steps(config):
         together = [candidates] if not config.device.startswith("cuda") else [{k: v} for k, v in candidates.items()]
         tables[title] = {}
         for group in together:
-            tables[title] |= measure({label: make() for label, make in group.items()}, config.rounds, config.device)
+            tables[title] |= measure({label: lazy(make) for label, make in group.items()}, config.rounds, config.device)
         show(title, tables[title], s.batch_size * s.block_size)
     return tables
+
+
+def lazy(make):
+    """The function that make returns, made on its first call: what fails then is one row of the table."""
+    made = []
+
+    def run():
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return run
 
 
 def trainer(config, s, vocab_size, gate, attention):
@@ -240,8 +259,9 @@ def trainer(config, s, vocab_size, gate, attention):
 
 
 def circuits(config):
-    """A step of the search for a circuit, batch 32: with 64 pairs of the addition recipe's shape, dense and gated; on CUDA
-    also with 200 pairs of 16 tokens in GPT-2 small's shape, dense. -> {title: results}"""
+    """A step of the search for a circuit, float32 as in circuits.py, batch 32: with 64 pairs of the addition recipe's shape,
+    dense and gated; on CUDA also with 200 pairs of 16 tokens in GPT-2 small's shape, dense. -> {title: results}"""
+    torch.set_float32_matmul_precision("highest")
     s, tables = RECIPES["addition"], {}
     cases = [("addition", (s.n_layer, s.n_head, s.n_embd), 13, s.block_size, 64, ("none", config.gate))]
     if config.device.startswith("cuda"):
@@ -252,9 +272,10 @@ def circuits(config):
         runs = {}
         for kind in kinds:
             shape = GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, gate=kind)
-            problem = Problem(GPT(shape).to(config.device), clean, corrupted, positions, "corrupted")
+            model = GPT(shape).to(config.device).eval().requires_grad_(False)
+            problem = Problem(model, clean, corrupted, positions, "corrupted")
             runs["dense" if kind == "none" else "gated"] = partial(search, problem, bound=0.05, steps=1, seed=0, batch_size=32)
-        title = f"circuit search: one step, batch 32 of {n} pairs of {T} tokens, {name}"
+        title = f"circuit search: one step, batch 32 of {n} pairs of {T} tokens, {name}, float32"
         tables[title] = measure(runs, config.rounds, config.device, warm_up=1)
         show(title, tables[title])
     return tables
@@ -266,14 +287,16 @@ def main(argv):
     cuda = config.device.startswith("cuda")
     config.rounds = config.rounds or (20 if cuda else 5)
     config.dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
-    torch.set_float32_matmul_precision("high")
+    if cuda:
+        torch.cuda.set_device(config.device)
+    torch.set_float32_matmul_precision("high")  # as in train.py
     torch.manual_seed(0)
     print(f"{device_name(config.device)}, {config.dtype}, {config.rounds} rounds")
     tables = {}
     for name, measured in zip(WHAT, (attention, steps, circuits)):
         if config.what[0] in (name, "all"):
             tables |= measured(config)
-    path = Path(config.out)
+    path = Path(config.out or f"out/bench_{config.what[0]}.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(

@@ -25,6 +25,7 @@ R = L (3 H + 1) + 1 readers. P is 1, or T where every position has edges of its 
 import json
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -94,6 +95,21 @@ class Graph:
         return mask & reached & needed[:, None]
 
 
+@contextmanager
+def frozen(model):
+    """Inside, the model evaluates, and no gradient is computed for its weights."""
+    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for p in trained:
+            p.requires_grad_(True)
+
+
 @torch.no_grad()
 def attention_links(model, clean, corrupted, by_position):
     """Which positions a head may join: (L, H, T, T) bool, causal, or (L, H, 1, 1); none where the head has no open attention
@@ -142,9 +158,12 @@ def all_writers(model, idx):
 @torch.no_grad()
 def ablated_writers(model, corrupted, ablation):
     """What closed edges deliver, (B or 1, W, T, C). corrupted: every writer on the corrupted prompts (B, T); mean: the mean of
-    that over the prompts, at each position; zero: nothing, but heads that read nothing still write their share of the bias."""
+    that over the prompts, at each position; zero: nothing, but heads that read nothing still write their share of the bias.
+    Raises UserError for another word."""
+    if ablation not in ABLATIONS:
+        raise UserError(f"the ablation is {ablation!r}: choose one of {', '.join(ABLATIONS)}")
     if ablation == "corrupted":
-        return all_writers(model, corrupted)
+        return torch.cat([all_writers(model, chunk) for chunk in corrupted.split(CHUNK)])
     if ablation == "mean":
         sums = sum(all_writers(model, chunk).sum(dim=0) for chunk in corrupted.split(CHUNK))
         return sums[None] / len(corrupted)
@@ -263,8 +282,9 @@ class Circuit:
     def run(self, clean, corrupted):
         """The circuit's logits, (N, T, V). clean, corrupted: (N, T) tokens; with mean ablation the mean is over these
         corrupted ones."""
-        ablated = ablated_writers(self.model, corrupted, self.ablation)
-        return torch.cat(list(masked_logits(self.model, self.mask(clean.size(1)), clean, ablated)))
+        with frozen(self.model):
+            ablated = ablated_writers(self.model, corrupted, self.ablation)
+            return torch.cat(list(masked_logits(self.model, self.mask(clean.size(1)), clean, ablated)))
 
     def save(self, path):
         """Write everything but the model as JSON."""
@@ -279,7 +299,10 @@ class Circuit:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             edges = {tuple(edge) for edge in content["edges"]}
             circuit = cls(model, edges, content["ablation"], content["by_position"], content["found"])
-            circuit.mask(model.config.block_size)
+            if (circuit.mask(model.config.block_size) & ~graph_of(model).edges[:, :, None]).any():
+                raise ValueError("an edge runs backwards")
+            if circuit.ablation not in ABLATIONS:
+                raise ValueError(f"ablation {circuit.ablation!r}")
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} holds no circuit of this model ({error}): give a file that Circuit.save wrote")
         return circuit
@@ -291,14 +314,16 @@ def graph_of(model):
 
 class Problem:
     """What the search and the baselines share: a model, examples, what closed edges deliver, and the full model's answer.
-    positions: (N,) or (N, K)."""
+    model: evaluating (`frozen`); positions: (N,) or (N, K). Raises UserError if the model's logits are not finite."""
 
     def __init__(self, model, clean, corrupted, positions, ablation, by_position=False):
-        self.model, self.clean, self.ablation, self.by_position = model.eval(), clean, ablation, by_position
+        self.model, self.clean, self.ablation, self.by_position = model, clean, ablation, by_position
         self.positions = positions.view(len(positions), -1)
         self.graph = graph_of(model)
         self.ablated = ablated_writers(model, corrupted, ablation)  # (N or 1, W, T, C)
         self.full = full_logits(model, clean, self.positions)  # (N, K, V)
+        if not self.full.isfinite().all():
+            raise UserError("the model's logits are not finite: give one that was trained without a NaN")
         self.links = attention_links(model, clean, corrupted, by_position).cpu()
         candidates = self.graph.edges[:, :, None].repeat(1, 1, clean.size(1) if by_position else 1)
         if by_position:
@@ -308,23 +333,18 @@ class Problem:
         self.candidates = self.graph.effective(candidates, self.links)  # (R, W, P): the others can make no difference
 
     def fits(self, mask, bound, known=None, changed=0):
-        """If the circuit's mean KL over all examples is at most bound, a list, for every chunk of examples: what each layer
-        writes, and the sum of its KL; else None, as soon as the sum is too large.
-
-        known: such a list of another circuit, which differs only in what layers from `changed` on read. The layers before are
-        not computed again, and chunks to come are counted with the KL that they had, which makes the first ones tell.
-        """
-        known = known or [([], 0.0)] * math.ceil(len(self.clean) / CHUNK)
-        written = [layers[:changed] for layers, _ in known]
-        left = bound * self.positions.numel() - sum(kl for _, kl in known)
-        sums = []
+        """If the circuit's mean KL over all examples is at most bound: what its layers write, a list per chunk of examples.
+        Else None, as soon as the sum is too large. known: such lists of a circuit that differs only in what layers from
+        `changed` on read; the layers before are not computed again."""
+        n_chunks = math.ceil(len(self.clean) / CHUNK)
+        written = [layers[:changed] for layers in known] if known else [[] for _ in range(n_chunks)]
+        left = bound * self.positions.numel()
         logits = masked_logits(self.model, mask, self.clean, self.ablated, self.positions, written)
-        for full, logits, (_, before) in zip(self.full.split(CHUNK), logits, known):
-            sums.append(divergence(full, logits).sum().item())
-            left += before - sums[-1]
+        for full, logits in zip(self.full.split(CHUNK), logits):
+            left -= divergence(full, logits).sum().item()
             if left < 0:
                 return None
-        return list(zip(written, sums))
+        return written
 
     def prefix(self, ranking, k):
         """The k candidates of largest ranking (R, W, P), less those that are not effective, as a mask."""
@@ -355,7 +375,7 @@ class Problem:
 
     def swept(self, mask, ranking, bound):
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first, and put back where
-        the bound would not hold."""
+        the bound would not hold. Orders the examples anew."""
         self.hardest_first(mask)
         known = self.fits(mask, math.inf)
         readers_per_layer, edges_per_reader = 3 * self.graph.n_head + 1, mask[0].numel()
@@ -392,16 +412,17 @@ def find_circuit(model, clean, corrupted, positions, *, bound=0.001, ablation="c
     Last, every edge of it is tried, the lowest first, and left out where the bound holds without it (sweep=False: not done).
     """
     started = time.time()
-    problem = Problem(model, clean, corrupted, positions, ablation, by_position)
-    ranking = search(problem, bound, steps, seed, batch_size)
-    mask = problem.shortest_prefix(ranking, lambda mask: problem.fits(mask, bound))
-    mask = problem.swept(mask, ranking, bound) if sweep else mask
+    with frozen(model):
+        problem = Problem(model, clean, corrupted, positions, ablation, by_position)
+        ranking = search(problem, bound, steps, seed, batch_size)
+        mask = problem.shortest_prefix(ranking, lambda mask: problem.fits(mask, bound))
+        mask = problem.swept(mask, ranking, bound) if sweep else mask
     found = {"bound": bound, "steps": steps, "seed": seed, "examples": len(clean), "seconds": round(time.time() - started, 1)}
     return problem.circuit(mask, **found)
 
 
 def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
-    """Edge pruning: log_alpha of every edge after so many steps, (R, W, P).
+    """Edge pruning: log_alpha of every edge after so many steps, (R, W, P). The model is `frozen`.
 
     All edges start open. The multiplier says how many edges a bound's worth of KL is worth. Adam forgets squared gradients
     within some twenty steps (beta2 0.95): the first, of a circuit that fails altogether, are thousands of times the last.
@@ -412,9 +433,6 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
     log_alpha = torch.full(candidates.shape, 3.0, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([log_alpha], lr=learning_rate, betas=(0.9, 0.95))
     limit = LossBound(1.0, scale=1.0, rate=0.05, smallest=0.01, largest=10.0)  # KL in units of the bound, cost in edges
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(False)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         rows = torch.randint(len(problem.clean), (batch_size,), generator=generator, device=device)
@@ -432,8 +450,6 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
         optimizer.step()
         with torch.no_grad():
             limit.update(loss_of((log_alpha > 0).to(u.dtype).expand_as(u)).item())
-    for p in frozen:
-        p.requires_grad_(True)
     return log_alpha.detach()
 
 
@@ -444,16 +460,17 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
 def scores(circuit, task):
     """Figures of a circuit on the examples of a task, a dict:
 
-    edges, heads, mlps: how many the circuit has; attention_edges: (layer, head, query, key) by which tokens of a prompt read
-    others in it, mean per prompt; kl: KL(full || circuit), nats, mean over examples and positions; accuracy:
-    fraction of examples whose every answer is the likeliest token; preference: fraction whose every answer is likelier than
-    the wrong one; logit_difference: m, answer minus wrong, mean; faithfulness: (m(circuit) - m(empty)) / (m(full) - m(empty)),
-    and 1 where full and empty circuit do not differ, so that there is nothing to explain. With corrupted ablation the empty
+    edges, heads, mlps: how many the circuit has; attention_edges: open (layer, head, query, key) of its heads, for queries up
+    to the last answer, mean per prompt; kl: KL(full || circuit), nats, mean over examples and positions; accuracy: fraction of
+    examples whose every answer is the likeliest token; preference: fraction whose every answer is likelier than the wrong
+    one; logit_difference: m, answer minus wrong, mean; faithfulness: (m(circuit) - m(empty)) / (m(full) - m(empty)), and 1
+    where full and empty circuit do not differ, so that there is nothing to explain. With corrupted ablation the empty
     circuit is the model on the corrupted prompt. full_accuracy, full_preference: the full model's."""
     mask = circuit.mask(task.clean.size(1))
-    given = (task.clean, ablated_writers(circuit.model, task.corrupted, circuit.ablation), task.positions)
-    full = full_logits(circuit.model, task.clean, task.positions)
-    logits, empty = (torch.cat(list(masked_logits(circuit.model, m, *given))) for m in (mask, torch.zeros_like(mask)))
+    with frozen(circuit.model):
+        given = (task.clean, ablated_writers(circuit.model, task.corrupted, circuit.ablation), task.positions)
+        full = full_logits(circuit.model, task.clean, task.positions)
+        logits, empty = (torch.cat(list(masked_logits(circuit.model, m, *given))) for m in (mask, torch.zeros_like(mask)))
 
     def difference(logits):
         return (logits.gather(2, task.answers[:, :, None]) - logits.gather(2, task.wrong[:, :, None]))[..., 0]  # (N, K)
@@ -469,12 +486,15 @@ def scores(circuit, task):
 
     m, m_full, m_empty = (mean(difference(x)) for x in (logits, full, empty))
     explained = m_full - m_empty
+    matters = torch.arange(task.clean.size(1), device=task.clean.device) <= task.positions.amax(dim=1, keepdim=True)  # (N, T)
+    chunks = zip(task.clean.split(CHUNK), matters.split(CHUNK))
+    read = sum((reading(circuit, idx)[1] & queries[:, None, :, None]).sum().item() for idx, queries in chunks)
     nodes = {tuple(node.split(".")[:2]) for edge in circuit.edges for node in edge[:2]}  # (a0, h1), (m0,), ...
     return {
         "edges": len(circuit.edges),
         "heads": sum(len(node) == 2 for node in nodes),
         "mlps": sum(node[0].startswith("m") for node in nodes),
-        "attention_edges": sum((reading(circuit, idx) > 0).sum().item() for idx in task.clean.split(CHUNK)) / len(task.clean),
+        "attention_edges": read / len(task.clean),
         "kl": mean(divergence(full, logits)),
         "accuracy": right(logits),
         "preference": preferred(logits),
@@ -487,17 +507,18 @@ def scores(circuit, task):
 
 @torch.no_grad()
 def reading(circuit, idx):
-    """Which token reads which in the circuit: the model's attention (pattern times gate) on prompts idx (B, T), zero where the
-    head, or in a circuit by position its output at the query or its key and value at the key, is not in it: (L, B, H, T, T)."""
+    """Which token reads which in the circuit, on prompts idx (B, T): the model's attention (pattern times gate), and whether
+    its edges are open, both (L, B, H, T, T), zero and False where the head is not in it, or in a circuit by position its
+    output at the query or its key and value at the key."""
     graph, mask, record = graph_of(circuit.model), circuit.mask(idx.size(1)).to(idx.device), circuit.model.attention(idx)
-    weight, H = record.pattern * record.gate, graph.n_head
+    weight, edges, H = record.pattern * record.gate, record.edges.clone(), graph.n_head
     for layer, (r, w) in enumerate(graph.layers()):
         written = mask[:, w : w + H].any(dim=0)  # (H, P): something reads the head there
         read = mask[r + H : r + 3 * H].any(dim=1).view(2, H, -1).any(dim=0)  # (H, P): the key or the value is not ablated
         if not circuit.by_position:
             read = written
-        weight[layer] *= written[:, :, None] & read[:, None]
-    return weight
+        edges[layer] &= written[:, :, None] & read[:, None]
+    return weight * edges, edges
 
 
 def attribution(problem, answers, wrong):
@@ -533,8 +554,8 @@ class CircuitConfig:
     data: str = option("", "your own examples, JSON lines with clean, corrupted, answer and, if you like, wrong_answer")
     data_dir: str = option("data", "where the datasets of toy tasks are")
     out_dir: str = option("", "where to write; empty: out/<task>")
-    examples: int = option(0, "pairs of prompts to search on, and as many to score on; 0: 2,000 of a toy task, 500 of text, "
-                           "else 200", at_least=0)  # fmt: skip
+    examples: int = option(0, "pairs of prompts to search on, and as many others to score on; 0: 2,000 of a toy task, 500 of "
+                           "text, else 200", at_least=0)  # fmt: skip
     bound: float = option(0.001, "KL(full model || circuit) at the answer, nats, not to be exceeded", above=0)
     ablation: str = option(
         "corrupted", "what closed edges deliver: the corrupted prompt's, the mean, nothing", choices=ABLATIONS
@@ -553,12 +574,12 @@ class CircuitConfig:
 
 
 def make_tasks(config, model, meta, path):
-    """The examples to search on and fresh ones to score on, two Tasks (with --data the same twice)."""
+    """The examples to search on and others to score on, two Tasks (with --data the same twice)."""
     if config.data:
         both = [tasks.from_file(config.data, tokenizer_of(meta))] * 2
     else:
-        seeds = (config.seed, config.seed + 2**31)
-        both = [tasks.make(config.task[0], model.config, meta, config.examples, seed, config.data_dir) for seed in seeds]
+        task = tasks.make(config.task[0], model.config, meta, 2 * config.examples, config.seed, config.data_dir)
+        both = task.halves()
     length, block_size = both[0].clean.size(1), model.config.block_size
     if length > block_size:
         raise UserError(f"{config.task[0]} has {length} tokens, and {path} sees {block_size} at once: give another model")
@@ -568,8 +589,8 @@ def make_tasks(config, model, meta, path):
 
 
 def examine(name, model, task, fresh, config):
-    """Search, score and compare for one model. Returns the circuits at the bound (one per seed), and what circuits.json says of
-    the model: a dict of plain values."""
+    """Search, score and compare for one model, `frozen`. Returns the circuits at the bound (one per seed), and what
+    circuits.json says of the model: a dict of plain values."""
     given = (task.clean, task.corrupted, task.positions)
     keywords = dict(ablation=config.ablation, steps=config.steps, batch_size=config.batch_size, by_position=config.positions,
                     sweep=config.sweep)  # fmt: skip
@@ -612,7 +633,7 @@ def draw(config, models, circuits, reports, task, meta, folder):
     if config.positions:
         tokenizer = tokenizer_of(meta)
         labels = [tokenizer.decode([token]) for token in task.clean[0].tolist()]
-        drawn = {name: (c.edges, reading(c, task.clean[:1])[:, 0].cpu().numpy()) for name, c in circuits.items()}
+        drawn = {name: (c.edges, reading(c, task.clean[:1])[0][:, 0].cpu().numpy()) for name, c in circuits.items()}
         figures = {"circuits_positions.png": plots.positions_figure(labels, drawn, shape.n_layer)}
     else:
         edges = {name: circuit.edges for name, circuit in circuits.items()}
@@ -646,7 +667,8 @@ def main(argv):
         raise UserError(f"cannot write to --out_dir {folder} ({error.strerror}): choose another")
     circuits, reports = {}, {}
     for name, model in models.items():
-        found, reports[name] = examine(name, model, task, fresh, config)
+        with frozen(model):
+            found, reports[name] = examine(name, model, task, fresh, config)
         circuits[name] = found[0]
     ending = "_positions" if config.positions else ""
     for name, circuit in circuits.items():

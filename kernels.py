@@ -425,7 +425,7 @@ def tuned(kernel, *sizes, **options):
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=2, maxnreg=registers)
         for m, n, warps, registers in sizes
     ]
-    return triton.autotune(configs, key=["T", "D", "R", "TRAINING"], **options)(kernel)
+    return triton.autotune(configs, key=["T", "D", "R", "TRAINING", "ADD_DQ"], **options)(kernel)
 
 
 QUERY_BLOCKS = (64, 64, 4, None), (64, 64, 4, 168), (64, 32, 4, 128), (128, 64, 8, None), (32, 32, 4, None)

@@ -136,7 +136,7 @@ CIRCUIT_ROWS = {  # figure of circuits.examine: (label, format)
     "attention_edges": ("tokens read, per prompt", ",.1f"),
     "bound": ("bound on the KL, nats", ".4f"),
     "kl_searched": ("KL", ".4f"),
-    "kl": ("KL, fresh examples", ".4f"),
+    "kl": ("KL, other examples", ".4f"),
     "logit_difference": ("logit difference", ".2f"),
     "faithfulness": ("faithfulness", ".4f"),
     "accuracy": ("accuracy", ".2%"),

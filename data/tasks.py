@@ -1,7 +1,7 @@
 """
 Tasks: pairs of prompts, clean and corrupted, that differ in what decides the answer and in nothing else.
 
-A toy task's dataset gives them as it is (`from_dataset`), and so does running text, whose task is the next token (`from_text`).
+A dataset gives them as it is (`from_dataset`): a toy task's examples, or pieces of running text, whose task is the next token.
 The others are made here from templates, or from random tokens, for any model whose tokenizer has the words as single tokens,
 such as GPT-2:
 
@@ -33,66 +33,54 @@ class Task(NamedTuple):
     positions: torch.Tensor  # (N, K): the answer is the token that follows the one at this position
     answers: torch.Tensor  # (N, K)
     wrong: torch.Tensor  # (N, K): the answer that the corrupted prompt suggests, or a natural mistake
-    aligned: bool = True  # whether a position means the same in every example
+    aligned: bool = True  # whether all prompts have one length, and so a position one meaning
 
     def to(self, device):
         return Task(*(field.to(device) for field in self[:5]), self.aligned)
 
+    def halves(self):
+        """The first and the second half of the examples, two Tasks; one example is both."""
+        middle = (len(self.clean) + 1) // 2
+        second = slice(middle, None) if len(self.clean) > 1 else slice(None)
+        return tuple(Task(*(field[part] for field in self[:5]), self.aligned) for part in (slice(middle), second))
+
 
 def make(name, model_config, meta, n, seed, data_dir="data"):
-    """n examples (0: 2,000 of a toy task's dataset, 500 of running text, else 200) of a task by its name, for a model of that
+    """n examples (0: 4,000 of a toy task's dataset, 1,000 of running text, else 400) of a task by its name, for a model of that
     GPTConfig whose tokenizer meta describes. Raises UserError for a task that does not exist or does not fit the model."""
     if name == "induction":
-        return induction(model_config.vocab_size, model_config.block_size, n or 200, seed)
+        return induction(model_config.vocab_size, model_config.block_size, n or 400, seed)
     if name in TEMPLATES:
-        return from_template(name, tokenizer_of(meta), n or 200, seed)
+        return from_template(name, tokenizer_of(meta), n or 400, seed)
     known = ", ".join(["induction", *TEMPLATES])
     if not (Path(data_dir) / name / "meta.json").is_file() and name not in MAKE_COMMANDS:
         raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {Path(data_dir) / name} of it")
     data = Dataset(name, model_config.block_size, data_dir)
     data.check_tokenizer(meta, "the model")
-    return from_dataset(data, n or 2000, seed) if data.is_task else from_text(data, n or 500, seed)
+    return from_dataset(data, n or (4000 if data.is_task else 1000), seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a dataset
 
 
-def from_dataset(data, n, seed):
-    """n examples of a toy task, drawn without replacement from the validation split (or all there are), each paired with
-    another whose answer differs in every token, or in as many as a hundred draws can find. data: a Dataset."""
-    rows = torch.from_numpy(data.tokens["val"].astype(np.int64)).view(-1, data.example_length)
+def from_dataset(data, n, seed, length=32):
+    """n examples, drawn without replacement from the validation split (or all there are), each paired with another whose
+    answer differs in every token, or in as many as a hundred draws can find. data: a Dataset. An example of running text is a
+    piece of it, which overlaps no other: `length` tokens (or the block size, if less) and the one that follows, the answer."""
+    tokens = data.tokens["val"]
+    length = data.example_length or min(length, data.block_size) + 1
+    start = data.answer_start or length - 1
+    rows = torch.from_numpy(tokens[: len(tokens) // length * length].astype(np.int64)).view(-1, length)
     generator = torch.Generator().manual_seed(seed)
     clean = rows[torch.randperm(len(rows), generator=generator)[:n]]
     corrupted = clean.clone()
     for _ in range(100):
         other = rows[torch.randint(len(rows), (len(clean),), generator=generator)]
-        differ = [(r[:, data.answer_start :] != clean[:, data.answer_start :]).sum(dim=1) for r in (other, corrupted)]
+        differ = [(r[:, start:] != clean[:, start:]).sum(dim=1) for r in (other, corrupted)]
         corrupted = torch.where((differ[0] > differ[1])[:, None], other, corrupted)
-    positions = torch.arange(data.answer_start - 1, data.example_length - 1).expand(len(clean), -1)
-    answers, wrong = clean[:, data.answer_start :], corrupted[:, data.answer_start :]
-    return Task(clean[:, :-1], corrupted[:, :-1], positions, answers, wrong)
-
-
-def from_text(data, n, seed, length=32):
-    """n pieces of the validation split of running text, of `length` tokens (or the block size, if less), whose task is the
-    token that follows. Each is paired with another piece, another token following. data: a Dataset. Raises UserError where
-    the text has no two different tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(n):
-        x, y = data.cut("val", data.draw("val", n, generator))
-        return x[:, -length:], y[:, -1:]
-
-    (clean, answers), (corrupted, wrong) = draw(n), draw(n)
-    for _ in range(100):
-        same = (answers == wrong)[:, 0]
-        if not same.any():
-            break
-        corrupted[same], wrong[same] = draw(int(same.sum()))
-    else:
-        raise UserError(f"the validation split of {data.name} is one token again and again: give more text")
-    return Task(clean, corrupted, torch.full_like(answers, clean.size(1) - 1), answers, wrong)
+    positions = torch.arange(start - 1, length - 1).expand(len(clean), -1)
+    return Task(clean[:, :-1], corrupted[:, :-1], positions, clean[:, start:], corrupted[:, start:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,9 +189,11 @@ def from_file(path, tokenizer):
     """One example per line, {"clean": text, "corrupted": text, "answer": text, "wrong_answer": text}; where the last is left
     out, it is another line's answer. Raises UserError with the number of the first line that does not fit."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines would break some JSON strings
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): give a UTF-8 file of JSON lines")
+    if lines == [""]:
+        raise UserError(f"{path} is empty: write one JSON object per line")
     examples = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -221,8 +211,6 @@ def from_file(path, tokenizer):
         if any(len(answer) != 1 for answer in tokens[2:]):
             raise UserError(f"{path} line {number}: an answer is not one token: {texts[2:]}")
         examples.append([*tokens[:2], *(answer[0] for answer in tokens[2:])])
-    if not examples:
-        raise UserError(f"{path} is empty: write one JSON object per line")
     answers = [example[2] for example in examples]
     for number, example in enumerate(examples):
         if len(example) == 3:

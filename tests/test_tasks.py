@@ -10,7 +10,7 @@ import torch
 from config import UserError
 from data.dataset import Dataset
 from data.prepare import prepare_examples, prepare_text
-from data.tasks import NAMES, from_dataset, from_file, from_template, from_text, induction, make
+from data.tasks import NAMES, Task, from_dataset, from_file, from_template, induction, make
 from data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from model import GPTConfig
 
@@ -50,23 +50,27 @@ def test_a_task_of_one_answer_still_pairs(tmp_path):
 
 
 def test_running_texts_task_is_the_next_token(tmp_path):
-    text = "".join(random.Random(0).choices("abcd", k=4000))
+    text = "".join(random.Random(0).choices("abcd", k=9000))
     (tmp_path / "text.txt").write_text(text)
     prepare_text([tmp_path / "text.txt"], tmp_path / "letters", "char", 0.1)
     data = Dataset("letters", 40, tmp_path)
-    task = make("letters", GPTConfig(block_size=40, vocab_size=4), data.meta, 50, seed=0, data_dir=tmp_path)
-    assert task.clean.shape == (50, 32) and task.positions.tolist() == [[31]] * 50 and (task.answers != task.wrong).all()
+    task = make("letters", GPTConfig(block_size=40, vocab_size=4), data.meta, 20, seed=0, data_dir=tmp_path)
+    assert task.clean.shape == (20, 32) and task.positions.tolist() == [[31]] * 20 and (task.answers != task.wrong).all()
     read = lambda *tokens: "".join(data.meta["characters"][t] for t in torch.cat(tokens).tolist())
+    starts = []
     for clean, corrupted, answer, wrong in zip(task.clean, task.corrupted, task.answers, task.wrong):
-        assert read(clean, answer) in text[-400:] and read(corrupted, wrong) in text[-400:], "the validation split"
+        assert read(corrupted, wrong) in text[-900:], "the validation split"
+        starts.append(text[-900:].index(read(clean, answer)))
+    assert len(set(starts)) == 20 and all(start % 33 == 0 for start in starts), "no two overlap"
     assert make("letters", GPTConfig(block_size=8, vocab_size=4), data.meta, 5, 0, tmp_path).clean.shape == (5, 8)
 
 
-def test_a_text_of_one_token_is_no_task(tmp_path):
-    (tmp_path / "text.txt").write_text("a" * 500)
-    prepare_text([tmp_path / "text.txt"], tmp_path / "letters", "char", 0.1)
-    with pytest.raises(UserError, match="validation split of letters is one token again and again: give more text"):
-        from_text(Dataset("letters", 8, tmp_path), 5, seed=0)
+def test_halves_share_no_example():
+    task = induction(vocab_size=40, block_size=64, n=5, seed=0)
+    first, second = task.halves()
+    assert torch.equal(torch.cat([first.clean, second.clean]), task.clean) and (len(first.wrong), len(second.wrong)) == (3, 2)
+    one = Task(*(field[:1] for field in task[:5]))
+    assert all(torch.equal(half.clean, one.clean) for half in one.halves())
 
 
 def test_ioi_asks_for_the_name_that_comes_once_in_both_orders(gpt2):
@@ -133,6 +137,12 @@ def test_a_file_of_ones_own_examples(tmp_path):
     assert chr(task.wrong[0]) == "y" and chr(task.wrong[1]) == "x", "left out: another line's answer"
     assert task.positions.tolist() == [[1], [2]] and not task.aligned
     assert bytes(task.clean[1].tolist()) == b"abc" and bytes(task.corrupted[0, :2].tolist()) == b"cd"
+
+
+def test_any_text_that_json_knows_is_read(tmp_path):
+    lines = [{**LINES[0], "clean": "a\u2028", "corrupted": "b\u2028"}]
+    (tmp_path / "own.jsonl").write_text(json.dumps(lines[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert bytes(from_file(tmp_path / "own.jsonl", ByteTokenizer()).clean[0].tolist()).decode() == "a\u2028"
 
 
 BAD = [
