@@ -551,7 +551,8 @@ class CircuitConfig:
     task: tuple = arguments("one task, such as addition", 1, 1)
     dense: str = option("", "the dense model; empty: out/<task>/dense.pt")
     sparse: str = option("", "the sparse model; empty: out/<task>/sparse.pt")
-    data: str = option("", "your own examples, JSON lines with clean, corrupted, answer and, if you like, wrong_answer")
+    data: str = option("", "your own examples, JSON lines with clean, corrupted, answer and, if you like, wrong_answer; every "
+                       "other line is searched on, the rest scored on")  # fmt: skip
     data_dir: str = option("data", "where the datasets of toy tasks are")
     out_dir: str = option("", "where to write; empty: out/<task>")
     examples: int = option(0, "pairs of prompts to search on, and as many others to score on; 0: 2,000 of a toy task, 500 of "
@@ -574,21 +575,20 @@ class CircuitConfig:
 
 
 def make_tasks(config, model, meta, path):
-    """The examples to search on and others to score on, two Tasks (with --data the same twice)."""
+    """The examples to search on and others to score on, two Tasks."""
     if config.data:
-        both = [tasks.from_file(config.data, tokenizer_of(meta))] * 2
+        task = tasks.from_file(config.data, tokenizer_of(meta))
     else:
         task = tasks.make(config.task[0], model.config, meta, 2 * config.examples, config.seed, config.data_dir)
-        both = task.halves()
-    length, block_size = both[0].clean.size(1), model.config.block_size
+    length, block_size = task.clean.size(1), model.config.block_size
     if length > block_size:
         raise UserError(f"{config.task[0]} has {length} tokens, and {path} sees {block_size} at once: give another model")
-    if config.positions and not all(task.aligned for task in both):
+    if config.positions and not task.aligned:
         raise UserError(f"--positions needs prompts of one length, and those of {config.task[0]} differ: leave it out")
-    return [task.to(config.device) for task in both]
+    return [half.to(config.device) for half in task.halves()]
 
 
-def examine(name, model, task, fresh, config):
+def examine(name, model, task, others, config):
     """Search, score and compare for one model, `frozen`. Returns the circuits at the bound (one per seed), and what
     circuits.json says of the model: a dict of plain values."""
     given = (task.clean, task.corrupted, task.positions)
@@ -598,9 +598,9 @@ def examine(name, model, task, fresh, config):
 
     def found(bound, seed):
         circuit = find_circuit(model, *given, bound=bound, seed=seed, **keywords)
-        figures = {**circuit.found, **scores(circuit, fresh), "kl_searched": scores(circuit, task)["kl"]}
+        figures = {**circuit.found, **scores(circuit, others), "kl_searched": scores(circuit, task)["kl"]}
         words = [f"{name:7} bound {bound:<7.4g} seed {seed}: {len(circuit.edges):>6,} edges  KL {figures['kl_searched']:.4f}"]
-        words.append(f"on fresh examples {figures['kl']:.4f}, accuracy {figures['accuracy']:.2%}  {figures['seconds']:.0f} s")
+        words.append(f"on others {figures['kl']:.4f}, accuracy {figures['accuracy']:.2%}  {figures['seconds']:.0f} s")
         print("  ".join(words), flush=True)
         return circuit, figures
 
@@ -613,8 +613,8 @@ def examine(name, model, task, fresh, config):
     if config.seeds > 1:
         report["overlap"] = overlap(circuits)
     if config.curve:
-        others = [found(factor * config.bound, config.seed)[1] for factor in (0.3, 3, 30)]
-        report["bounds"] = sorted([points[0], *others], key=lambda figures: figures["bound"])
+        more = [found(factor * config.bound, config.seed)[1] for factor in (0.3, 3, 30)]
+        report["bounds"] = sorted([points[0], *more], key=lambda figures: figures["bound"])
         rankings = {"attribution": attribution(problem, task.answers, task.wrong)}
         generator = torch.Generator().manual_seed(config.seed)
         rankings["random"] = torch.rand(problem.candidates.shape, generator=generator)
@@ -623,7 +623,7 @@ def examine(name, model, task, fresh, config):
             report[way] = {"edges_at_the_bound": int(same_bound.sum()), "bounds": []}
             for figures in report["bounds"]:  # as many edges as the circuit has
                 mask = problem.shortest_prefix(ranking, lambda mask, n=figures["edges"]: int(mask.sum()) >= n)
-                report[way]["bounds"].append(scores(problem.circuit(mask), fresh))
+                report[way]["bounds"].append(scores(problem.circuit(mask), others))
     return circuits, report
 
 
@@ -660,7 +660,7 @@ def main(argv):
               zip(models.values(), metas.values())]  # fmt: skip
     if shapes[0] != shapes[1]:
         raise UserError(f"{paths['dense']} and {paths['sparse']} differ in shape or tokens: compare two versions of one model")
-    task, fresh = make_tasks(config, models["dense"], metas["dense"], paths["dense"])
+    task, others = make_tasks(config, models["dense"], metas["dense"], paths["dense"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -668,14 +668,14 @@ def main(argv):
     circuits, reports = {}, {}
     for name, model in models.items():
         with frozen(model):
-            found, reports[name] = examine(name, model, task, fresh, config)
+            found, reports[name] = examine(name, model, task, others, config)
         circuits[name] = found[0]
     ending = "_positions" if config.positions else ""
     for name, circuit in circuits.items():
         circuit.save(folder / f"circuit{ending}_{name}.json")
     content = {"settings": asdict(config), "models": paths, **reports, "ratio": ratio_of(reports)}
     (folder / f"circuits{ending}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    pictures = draw(config, models, circuits, reports, fresh, metas["dense"], folder)
+    pictures = draw(config, models, circuits, reports, others, metas["dense"], folder)
     print(circuits_table(reports))
     print(f"\nwrote {folder / f'circuits{ending}.json'}  pictures: " + "  ".join(map(str, pictures)))
 

@@ -39,10 +39,9 @@ class Task(NamedTuple):
         return Task(*(field.to(device) for field in self[:5]), self.aligned)
 
     def halves(self):
-        """The first and the second half of the examples, two Tasks; one example is both."""
-        middle = (len(self.clean) + 1) // 2
-        second = slice(middle, None) if len(self.clean) > 1 else slice(None)
-        return tuple(Task(*(field[part] for field in self[:5]), self.aligned) for part in (slice(middle), second))
+        """Every other example, and those between, two Tasks; a single example is both."""
+        second = slice(1, None, 2) if len(self.clean) > 1 else slice(None)
+        return [Task(*(field[part] for field in self[:5]), self.aligned) for part in (slice(0, None, 2), second)]
 
 
 def make(name, model_config, meta, n, seed, data_dir="data"):
