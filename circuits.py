@@ -4,6 +4,7 @@ Circuits: the smallest subgraph of a model that keeps a behaviour, in a dense mo
     python circuits.py addition                 out/addition/dense.pt against out/addition/sparse.pt
     python circuits.py addition --positions     which token talks to which, through which head
     python circuits.py sort                     any toy task that `data/prepare.py examples` made and train.py trained
+    python circuits.py shakespeare_char         or running text: what predicts the next token
     python circuits.py ioi --dense=gpt2 --sparse=out/gpt2/sparse.pt
     python circuits.py mine --data=FILE.jsonl --dense=... --sparse=...
     python circuits.py --help
@@ -558,9 +559,8 @@ class CircuitConfig:
     examples: int = option(0, "pairs of prompts to search on, and as many others to score on; 0: 2,000 of a toy task, 500 of "
                            "text, else 200", at_least=0)  # fmt: skip
     bound: float = option(0.001, "KL(full model || circuit) at the answer, nats, not to be exceeded", above=0)
-    ablation: str = option(
-        "corrupted", "what closed edges deliver: the corrupted prompt's, the mean, nothing", choices=ABLATIONS
-    )
+    ablation: str = option("corrupted", "what closed edges deliver: what the writer says on the corrupted prompt, its mean "
+                           "over these, or nothing", choices=ABLATIONS)  # fmt: skip
     positions: bool = option(False, "edges of their own for every position; the task's prompts must be aligned")
     steps: int = option(400, "steps of the search", at_least=1)
     batch_size: int = option(32, "examples per step", at_least=1)
@@ -642,7 +642,10 @@ def draw(config, models, circuits, reports, task, meta, folder):
         curves = {}
         for name, report in reports.items():
             ways = {"edge pruning": report["bounds"], **{way: report[way]["bounds"] for way in ("attribution", "random")}}
-            curves[name] = {way: [(p["edges"], p["faithfulness"]) for p in points] for way, points in ways.items()}
+            bounds = [figures["bound"] for figures in report["bounds"]]
+            curves[name] = {
+                way: [(p["edges"], p["faithfulness"], b) for p, b in zip(points, bounds)] for way, points in ways.items()
+            }
         figures["circuits_positions_curve.png" if config.positions else "circuits_curve.png"] = plots.curve_figure(curves)
     return [plots.save(figure, folder / name) for name, figure in figures.items()]
 

@@ -142,6 +142,8 @@ def help_text(config):
         value, meaning = getattr(config, f.name), f.metadata.get("help", "")
         if "count" in f.metadata:
             continue
+        if f.metadata.get("choices"):
+            meaning += f" (one of {', '.join(f.metadata['choices'])})"
         if is_flag(f):
             lines.append(f"  {f'--{f.name}, --no-{f.name}':<36} {meaning} [{'yes' if value else 'no'}]")
         else:

@@ -273,17 +273,21 @@ def circuits_figure(circuits, n_layer, n_head):
 def curve_figure(curves):
     """Faithfulness against number of edges, one line per model and way to choose edges.
 
-    curves: {model's name: {way: [(edges, faithfulness), ...]}}; the same ways for every model.
+    curves: {model's name: {way: [(edges, faithfulness, bound), ...]}}; the same ways for every model, and the same numbers of
+    edges for all of a model's ways, the first of which found them under these bounds.
     """
     figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
     for colour, (name, ways) in zip(HEAD_COLOURS, curves.items()):
         for style, marker, (way, points) in zip(("-", "--", ":"), "os^", ways.items()):
-            edges, faithfulness = zip(*sorted(points))
+            edges, faithfulness, bounds = zip(*sorted(points))
             axis.plot(edges, faithfulness, style, marker=marker, ms=5, color=colour, label=f"{name}, {way}")
+            if style == "-":
+                for x, y, bound in zip(edges, faithfulness, bounds):
+                    axis.annotate(f"{bound:.1g}", (x, y), (0, 6), textcoords="offset points", ha="center", size=7, color=colour)
     axis.axhline(1, color="#000000", lw=0.6)
     axis.set(xlabel="effective edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)", xlim=(0, None))
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, title="circles: the bound on the KL, nats", title_fontsize=8)
     return figure
 
 

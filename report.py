@@ -79,6 +79,8 @@ def table(results, bound=None, extra=()):
     rows = [("loss, nats", {name: f"{r['loss']:.4f}" for name, r in results.items()})]
     if bound is not None:
         rows.append(("bound", {"sparse": f"{bound:.4f}"}))
+        if results["sparse"]["loss"] > bound:
+            rows.append(("OVER IT BY", {"sparse": f"{results['sparse']['loss'] - bound:.4f}"}))
     if all("accuracy" in r for r in results.values()):
         rows.append(("accuracy", {name: f"{r['accuracy']:.2%}" for name, r in results.items()}))
     rows.append(("hard edges", {name: f"{r['edges_hard']:.2%}" for name, r in results.items()}))

@@ -78,7 +78,7 @@ def check_settings(old, new, path):
     """Raise UserError that names every setting which differs."""
     changed = differences(old, new)
     if changed:
-        raise UserError(f"cannot resume {path}: {changed}: give the same values, or start without --resume")
+        raise UserError(f"cannot resume {path}: {changed}: give the same values, or start anew without --resume")
 
 
 def set_aside(path):

@@ -8,7 +8,7 @@ Train a small GPT, then make its attention sparse at its own loss.
     torchrun --standalone --nproc_per_node=4 train.py gpt2
     python train.py addition --init_from=out/addition/dense.pt --seed=1 --out_dir=out/addition_seed1
     python train.py addition --resume           go on after Ctrl-C
-    python train.py --help                      every field, its default and its meaning
+    python train.py --help                      every field, its default and its meaning (without a recipe: addition's)
 
 Phases, each a call of `fit`, each ending in a file under out_dir: `dense` (pretraining), `sparse` (post-training: as few
 attention edges as possible while the loss stays at the dense model's), `control` (the dense model trained for the same

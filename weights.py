@@ -9,6 +9,7 @@ GPT-2's, as they are here, some with the prefix `transformer.`; the matrices of 
 import json
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
@@ -201,6 +202,7 @@ def write_folder(folder, config, named_tensors):
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody else read its file
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write to {folder} ({error}): free some space, or choose another folder")
     finally:

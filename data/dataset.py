@@ -19,7 +19,7 @@ from data.writer import sha256_of
 CHECKED = 1 << 24  # tokens of a file that are looked at on opening, evenly spread; the hash is checked if both splits have less
 EVALUATED = 1 << 20  # tokens of a split that `sequential` takes at most, evenly spread
 
-MAKE_COMMANDS = {"addition": "addition", "shakespeare_char": "shakespeare"}
+MAKE_COMMANDS = {"addition": "addition", "shakespeare_char": "shakespeare", "openwebtext": "openwebtext"}
 
 
 class Dataset:

@@ -61,7 +61,9 @@ def test_the_table_has_a_column_per_model_and_a_row_per_layer():
     rows = {line[:16].strip(): line[16:].split() for line in lines if line}
     assert rows["loss, nats"] == ["0.4000", "0.5000"] and rows["hard edges"] == ["100.00%", "2.00%"]
     assert rows["bound"] == ["0.6000"] and rows["seconds"] == ["7"]
-    assert lines[-1].split() == ["layer", "1", "3.00", "4.00"]
+    assert lines[-1].split() == ["layer", "1", "3.00", "4.00"] and "OVER IT BY" not in rows
+    missed = table({"dense": dense, "sparse": result}, bound=0.4)
+    assert [line.split()[-1] for line in missed.splitlines() if "OVER IT BY" in line] == ["0.1000"]
 
 
 def test_comparison_marks_what_ended_over_its_bound():
@@ -91,12 +93,16 @@ def test_circuits_have_an_arrow_per_edge_and_a_full_dot_per_node():
 
 
 def test_the_curve_has_a_line_per_model_and_way():
-    curves = {"dense": {"a": [(30, 1.0), (20, 0.5)], "b": [(30, 0.1)]}, "sparse": {"a": [(9, 0.9)], "b": [(9, 0.2)]}}
+    curves = {
+        "dense": {"a": [(30, 1.0, 1e-3), (20, 0.5, 3e-2)], "b": [(30, 0.1, 1e-3)]},
+        "sparse": {"a": [(9, 0.9, 1e-3)], "b": [(9, 0.2, 1e-3)]},
+    }
     (axis,) = plots.curve_figure(curves).axes
     lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
     assert set(lines) == {"dense, a", "dense, b", "sparse, a", "sparse, b"}
     assert lines["dense, a"].get_xydata().tolist() == [[20, 0.5], [30, 1.0]], "in order of the edges"
     assert lines["dense, a"].get_color() == lines["dense, b"].get_color() != lines["sparse, a"].get_color()
+    assert [text.get_text() for text in axis.texts] == ["0.03", "0.001", "0.001"], "the bounds of the first way's points"
 
 
 def test_a_circuit_over_tokens_has_a_line_per_edge_and_per_token_read(record):
