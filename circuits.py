@@ -632,8 +632,10 @@ def draw(config, models, circuits, reports, task, meta, folder):
     shape = models["dense"].config
     if config.positions:
         tokenizer = tokenizer_of(meta)
-        labels = [tokenizer.decode([token]) for token in task.clean[0].tolist()]
-        drawn = {name: (c.edges, reading(c, task.clean[:1])[0][:, 0].cpu().numpy()) for name, c in circuits.items()}
+        some = task.clean[:CHUNK]
+        most = reading(circuits["sparse"], some)[1].sum(dim=(0, 2, 3, 4)).argmax()  # the prompt on which there is most to see
+        labels = [tokenizer.decode([token]) for token in some[most].tolist()]
+        drawn = {name: (c.edges, reading(c, some)[0][:, most].cpu().numpy()) for name, c in circuits.items()}
         figures = {"circuits_positions.png": plots.positions_figure(labels, drawn, shape.n_layer)}
     else:
         edges = {name: circuit.edges for name, circuit in circuits.items()}
