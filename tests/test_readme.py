@@ -66,7 +66,7 @@ def test_commands_and_code_run_as_written(project):
         output = run(project, " ".join([command, *(short for program, short in SHORT.items() if program in command)]))
         done.append(command)
         if "--plot=" in command:
-            assert (project / "attention.png").is_file() and (project / "arcs.png").is_file()
+            assert (project / "out/attention.png").is_file() and (project / "out/arcs.png").is_file()
         if "circuits.py" in command:
             assert "edges dense / sparse" in output
         if "--eval_only" in command:
