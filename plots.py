@@ -283,9 +283,11 @@ def curve_figure(curves):
             axis.plot(edges, faithfulness, style, marker=marker, ms=5, color=colour, label=f"{name}, {way}")
             if style == "-":
                 for x, y, bound in zip(edges, faithfulness, bounds):
-                    axis.annotate(f"{bound:.1g}", (x, y), (0, 6), textcoords="offset points", ha="center", size=7, color=colour)
+                    where = dict(xytext=(0, 6), textcoords="offset points", ha="center", rotation=90)
+                    axis.annotate(f"{bound:.1g}", (x, y), **where, size=7, color=colour)
     axis.axhline(1, color="#000000", lw=0.6)
     axis.set(xlabel="effective edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)", xlim=(0, None))
+    axis.set_ylim(top=max(1.2, axis.get_ylim()[1]))  # room for the bounds
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, title="circles: the bound on the KL, nats", title_fontsize=8)
     return figure
