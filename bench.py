@@ -17,7 +17,7 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,11 +77,8 @@ def measure(candidates, rounds, device, warm_up=3):
                 run()
             results[name] = {"memory": peak_memory(run, device)}
         except Exception as error:  # of PyTorch, of Triton, of the project: the other candidates are still worth measuring
-            results[name] = (
-                "out of memory"
-                if "out of memory" in str(error)
-                else (str(error).strip() or type(error).__name__).splitlines()[0]
-            )
+            words = str(error).strip() or type(error).__name__
+            results[name] = "out of memory" if "out of memory" in words else words.splitlines()[0]
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -233,14 +230,8 @@ def steps(config):
 
 def lazy(make):
     """The function that make returns, made on its first call: what fails then is one row of the table."""
-    made = []
-
-    def run():
-        if not made:
-            made.append(make())
-        return made[0]()
-
-    return run
+    made = cache(make)
+    return lambda: made()()
 
 
 def trainer(config, s, vocab_size, gate, attention):

@@ -337,15 +337,18 @@ class Problem:
         """If the circuit's mean KL over all examples is at most bound: what its layers write, a list per chunk of examples.
         Else None, as soon as the sum is too large. known: such lists of a circuit that differs only in what layers from
         `changed` on read; the layers before are not computed again."""
-        n_chunks = math.ceil(len(self.clean) / CHUNK)
-        written = [layers[:changed] for layers in known] if known else [[] for _ in range(n_chunks)]
+        written = [layers[:changed] for layers in known] if known else [[] for _ in self.clean.split(CHUNK)]
         left = bound * self.positions.numel()
-        logits = masked_logits(self.model, mask, self.clean, self.ablated, self.positions, written)
-        for full, logits in zip(self.full.split(CHUNK), logits):
-            left -= divergence(full, logits).sum().item()
+        for kl in self.divergences(mask, written):
+            left -= kl.sum().item()
             if left < 0:
                 return None
         return written
+
+    def divergences(self, mask, written=None):
+        """The KL of a circuit, (B, K) for one chunk of examples after the other. written: as masked_logits takes it."""
+        logits = masked_logits(self.model, mask, self.clean, self.ablated, self.positions, written)
+        return (divergence(full, chunk) for full, chunk in zip(self.full.split(CHUNK), logits))
 
     def prefix(self, ranking, k):
         """The k candidates of largest ranking (R, W, P), less those that are not effective, as a mask."""
@@ -368,9 +371,7 @@ class Problem:
 
     def hardest_first(self, mask):
         """Order the examples by the KL of this circuit, so that `fits` stops early on those like it."""
-        chunks = masked_logits(self.model, mask, self.clean, self.ablated, self.positions)
-        kl = torch.cat([divergence(full, logits).sum(dim=1) for full, logits in zip(self.full.split(CHUNK), chunks)])
-        order = kl.argsort(descending=True)
+        order = torch.cat([kl.sum(dim=1) for kl in self.divergences(mask)]).argsort(descending=True)
         self.clean, self.positions, self.full = self.clean[order], self.positions[order], self.full[order]
         self.ablated = self.ablated if len(self.ablated) == 1 else self.ablated[order]
 
@@ -458,6 +459,11 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
 # Figures of a circuit, and other ways to rank edges
 
 
+def logit_difference(logits, answers, wrong):
+    """The answers' logits less the wrong ones', (N, K). logits: (N, K, V); answers, wrong: (N, K) tokens."""
+    return (logits.gather(2, answers[:, :, None]) - logits.gather(2, wrong[:, :, None]))[..., 0]
+
+
 def scores(circuit, task):
     """Figures of a circuit on the examples of a task, a dict:
 
@@ -474,7 +480,7 @@ def scores(circuit, task):
         logits, empty = (torch.cat(list(masked_logits(circuit.model, m, *given))) for m in (mask, torch.zeros_like(mask)))
 
     def difference(logits):
-        return (logits.gather(2, task.answers[:, :, None]) - logits.gather(2, task.wrong[:, :, None]))[..., 0]  # (N, K)
+        return logit_difference(logits, task.answers, task.wrong)
 
     def mean(values):
         return values.cpu().double().mean().item()
@@ -531,8 +537,7 @@ def attribution(problem, answers, wrong):
     for clean, ablated, positions, answer, other in zip(*batches):
         z = torch.ones_like(total, requires_grad=True)
         x = circuit_output(problem.model, clean, z.expand(len(clean), -1, -1, -1), ablated)
-        logits = read_out(problem.model, x, positions)
-        difference = logits.gather(2, answer[:, :, None]) - logits.gather(2, other[:, :, None])
+        difference = logit_difference(read_out(problem.model, x, positions), answer, other)
         total += torch.autograd.grad(difference.sum(), z)[0]
     return total.abs()
 
@@ -554,7 +559,7 @@ class CircuitConfig:
     sparse: str = option("", "the sparse model; empty: out/<task>/sparse.pt")
     data: str = option("", "your own examples, JSON lines with clean, corrupted, answer and, if you like, wrong_answer; every "
                        "other line is searched on, the rest scored on")  # fmt: skip
-    data_dir: str = option("data", "where the datasets of toy tasks are")
+    data_dir: str = option("data", "where the datasets are")
     out_dir: str = option("", "where to write; empty: out/<task>")
     examples: int = option(0, "pairs of prompts to search on, and as many others to score on; 0: 2,000 of a toy task, 500 of "
                            "text, else 200", at_least=0)  # fmt: skip

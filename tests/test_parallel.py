@@ -108,6 +108,13 @@ def multipliers(folder):
     return [line["multiplier"] for line in lines if "multiplier" in line]
 
 
+def assert_alike(one, two, tolerance):
+    """Two runs' folders hold the same models and multipliers."""
+    for name in ("dense.pt", "sparse.pt"):
+        assert differences(*(load_checkpoint(folder / name)["model"] for folder in (one, two))) < tolerance
+    assert multipliers(one) == pytest.approx(multipliers(two), abs=tolerance)
+
+
 def test_two_ranks_train_what_one_process_with_twice_the_micro_steps_trains(torchrun, tmp_path, data_dir, monkeypatch, request):
     code, out, err = torchrun("fixed", "two")
     assert code == 0, err
@@ -119,10 +126,7 @@ def test_two_ranks_train_what_one_process_with_twice_the_micro_steps_trains(torc
     torch.set_default_dtype(torch.float64)
     settings = dict(data_dir=str(data_dir), out_dir=str(tmp_path / "one"), bias=False, dropout=0.0)
     train_module.train(replace(SMALL, gradient_accumulation_steps=4, **OPTIONS, **settings))
-    for name in ("dense.pt", "sparse.pt"):
-        one, two = (load_checkpoint(tmp_path / folder / name)["model"] for folder in ("one", "two"))
-        assert differences(one, two) < 1e-6
-    assert multipliers(tmp_path / "one") == pytest.approx(multipliers(tmp_path / "two"), abs=1e-6)
+    assert_alike(tmp_path / "one", tmp_path / "two", 1e-6)
 
 
 def test_fused_attention_on_two_ranks_trains_what_it_trains_in_one_process(torchrun, tmp_path, data_dir, monkeypatch):
@@ -135,10 +139,7 @@ def test_fused_attention_on_two_ranks_trains_what_it_trains_in_one_process(torch
     take_the_kernels(monkeypatch.setattr)
     settings = dict(data_dir=str(data_dir), out_dir=str(tmp_path / "one"), bias=False, dropout=0.0)
     train_module.train(replace(SMALL, gradient_accumulation_steps=4, **FEW_STEPS, **settings))
-    for name in ("dense.pt", "sparse.pt"):
-        one, two = (load_checkpoint(tmp_path / folder / name)["model"] for folder in ("one", "two"))
-        assert differences(one, two) < 1e-4
-    assert multipliers(tmp_path / "one") == pytest.approx(multipliers(tmp_path / "two"), abs=1e-4)
+    assert_alike(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
 def test_two_ranks_stop_together_and_resume(torchrun, tmp_path):
