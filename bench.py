@@ -1,51 +1,47 @@
 """
 How fast it is, against what you would take instead.
 
-    python bench.py attention     gated attention: fused, reference, compiled reference; dense attention; the paper's kernel
+    python bench.py attention     gated attention: fused, reference, compiled reference; dense attention
     python bench.py step          whole training steps, dense and gated
     python bench.py circuits      one step of the search for a circuit
     python bench.py all --heads=12 --head_size=64
     python bench.py --help        every field, its default and its meaning
 
-A table is measured in one process, in turns: a round times every candidate once, and a row shows the median of the rounds
-and, in brackets, the middle half of them. (Training steps on CUDA: one model after the other, since two may not fit.) Memory is
-the peak beyond what was there before: not inputs and weights, but outputs and gradients. Everything is written as JSON, too.
+A table is measured in one process, in turns: a round times every candidate once, and a row shows the median
+of the rounds and, in brackets, the middle half of them. Memory is the peak beyond what was there before: not
+inputs and weights, but outputs and gradients. Everything is written as JSON, too.
 """
 
 import gc
-import json
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import config as command_line
 import gates
 from circuits import Problem, search
-from config import UserError, arguments, option
 from constrained import LossBound
 from gates import GATES
-from model import GPT, GPTConfig, device_problems, find_device
-from report import device_name
+from model import GPT, GPTConfig, evaluating
+from support import command_line
+from support.command_line import UserError, arguments, option
+from support.files import write_json
+from support.gated import choose_attention
+from support.ranks import device_name, find_device
 from train import RECIPES, TrainConfig, make_optimizer, training_step
 
-WHAT = ("attention", "step", "circuits")
 GPT2_SHAPES = {"gpt2": (12, 12, 768, 16), "gpt2-medium": (24, 16, 1024, 8), "gpt2-xl": (48, 25, 1600, 2)}  # L, H, C, batch
 
 
 @dataclass
 class BenchConfig:
-    what: tuple = arguments(f"what to measure: one of {', '.join(WHAT)}, all", 1, 1)
+    what: tuple = arguments("what to measure: attention, step, circuits or all", 1, 1)
     rounds: int = option(0, "measured rounds; 0: 20 on CUDA, else 5", at_least=0)
-    lengths: str = option("", "sequence lengths of attention, with commas; empty: 256 to 8192 on CUDA, else 64 to 256")
-    tokens: int = option(
-        16384, "of attention: tokens per batch on CUDA, so batch = tokens / length; else a sixteenth", at_least=16
-    )
+    lengths: str = option("", "of attention: tokens, with commas; empty: 256 to 8192 on CUDA, else 64 to 256")
+    tokens: int = option(16384, "of attention: per batch on CUDA, else a sixteenth", at_least=16)
     heads: int = option(12, "of attention", at_least=1)
     head_size: int = option(64, "of attention, dimensions per head", at_least=1)
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
@@ -54,29 +50,28 @@ class BenchConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     out: str = option("", "where to write the figures; empty: out/bench_<what>.json")
 
-    def problems(self):
-        problems = device_problems(self.device)
-        if self.what and self.what[0] not in (*WHAT, "all"):
-            problems.append(f"there is nothing called {self.what[0]!r} to measure: choose one of {', '.join(WHAT)}, all")
-        if not all(word.strip().isdigit() and int(word) > 0 for word in self.lengths.split(",") if self.lengths):
-            problems.append(f"--lengths is {self.lengths!r}: give whole numbers with commas, such as 256,1024")
-        return problems
+    def check(self):
+        if self.what[0] not in (*MEASUREMENTS, "all"):
+            raise UserError(f"there is no {self.what[0]!r} to measure: choose one of {', '.join(MEASUREMENTS)}, all")
+        if not all(word.strip().isdigit() for word in self.lengths.split(",") if self.lengths):
+            raise UserError(f"--lengths is {self.lengths!r}: give whole numbers with commas, such as 256,1024")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
 def measure(candidates, rounds, device, warm_up=3):
-    """candidates: {name: function without arguments}. Returns {name: figures or, in words, why there are none}: median, low
-    and high quartile in milliseconds, and peak memory in MB (None where PyTorch does not count it)."""
+    """candidates: {name: function without arguments}. Returns {name: figures or, in words, why there are
+    none}: median, low and high quartile in milliseconds, and peak memory in MB (None where PyTorch does not
+    count it)."""
     results, times = {}, {name: [] for name in candidates}
     for name, run in candidates.items():
         try:
             for _ in range(warm_up):
                 run()
             results[name] = {"memory": peak_memory(run, device)}
-        except Exception as error:  # of PyTorch, of Triton, of the project: the other candidates are still worth measuring
+        except Exception as error:  # of PyTorch, Triton or the project: the others are still worth measuring
             words = str(error).strip() or type(error).__name__
             results[name] = "out of memory" if "out of memory" in words else words.splitlines()[0]
         gc.collect()
@@ -88,16 +83,18 @@ def measure(candidates, rounds, device, warm_up=3):
                 times[name].append(milliseconds(run, device))
     for name, seen in times.items():
         if seen:
-            low, median, high = torch.tensor(seen).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-            results[name] |= {"median": median, "low": low, "high": high}
+            quartiles = torch.tensor(seen).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+            results[name] |= dict(zip(("low", "median", "high"), quartiles))
     return results
 
 
 def milliseconds(run, device):
-    synchronise(device)
+    synchronise = torch.cuda.synchronize if device.startswith("cuda") else torch.mps.synchronize
+    synchronise = (lambda: None) if device == "cpu" else synchronise
+    synchronise()
     start = time.perf_counter()
     run()
-    synchronise(device)
+    synchronise()
     return 1000 * (time.perf_counter() - start)
 
 
@@ -111,15 +108,8 @@ def peak_memory(run, device):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def synchronise(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
-
-
 def show(title, results, tokens=None):
-    """One table. tokens: per run, for tokens per second."""
+    """Print one table. tokens: per run, for tokens per second."""
     print(f"\n{title}\n{'':28}{'ms':>10}  {'(middle half)':20}{'MB':>9}{'tokens/s':>12}")
     for name, r in results.items():
         if isinstance(r, str):
@@ -131,16 +121,14 @@ def show(title, results, tokens=None):
         print(f"{name:28}{r['median']:>10.2f}  {spread:20}{memory:>9}{speed:>12}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is measured
+# ------------------------------------------------------------------------------------------------------------
+# What is measured. Each returns {title: results}.
 
 
 def attention(config):
-    """Forward, and forward with backward, at every length; gates sampled, as in training. -> {title: results}"""
-    cuda = config.device.startswith("cuda")
-    lengths = [int(n) for n in (config.lengths or ("256,512,1024,2048,4096,8192" if cuda else "64,128,256")).split(",")]
-    tables = {}
-    for T in lengths:
+    """Forward, and forward with backward, at every length; gates sampled, as in training."""
+    cuda, tables = config.device.startswith("cuda"), {}
+    for T in map(int, (config.lengths or ("256,512,1024,2048,4096,8192" if cuda else "64,128,256")).split(",")):
         B = max(1, (config.tokens if cuda else config.tokens // 16) // T)
         candidates = attention_candidates(config, (B, config.heads, T, config.head_size))
         for backward in (False, True):
@@ -153,17 +141,15 @@ def attention(config):
 
 def once(attend, inputs, dy, backward):
     with torch.set_grad_enabled(backward):
-        y, penalty = attend(*inputs)
+        y, *penalty = attend(*inputs)
         if backward:
-            torch.autograd.backward(
-                [y] if penalty is None else [y, penalty], [dy] if penalty is None else [dy, penalty.detach()]
-            )
+            torch.autograd.backward([y, *penalty], [dy, *(p.detach() for p in penalty)])
     for t in inputs:
         t.grad = None
 
 
 def attention_candidates(config, shape):
-    """{name: (function of inputs -> (y, penalty or None), inputs, dy)}"""
+    """{name: (function of inputs -> (y, penalty) or (y,), inputs, dy)}"""
     gate, dtype = GATES[config.gate](), getattr(torch, config.dtype)
     q, k, v, dy = (torch.randn(shape, device=config.device, dtype=dtype) for _ in range(4))
     bias = torch.full((config.heads,), 2.0, device=config.device)
@@ -173,57 +159,44 @@ def attention_candidates(config, shape):
         y, stats = attend(*inputs, gate, True)
         return y, stats.penalty
 
-    def dense(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True), None
-
     reference = partial(gated, gates.gated_attention)
+    dense = lambda q, k, v: (F.scaled_dot_product_attention(q, k, v, is_causal=True),)
     candidates = {
         "dense (SDPA)": (dense, inputs[:3], dy),
         "reference": (reference, inputs, dy),
         "reference, torch.compile": (torch.compile(reference, dynamic=False), inputs, dy),
     }
     if config.device.startswith("cuda") and find_spec("triton"):
-        import kernels
+        import fused_attention
 
-        def fused(passes, *inputs):
-            kernels.BACKWARD_PASSES = passes
-            return gated(kernels.gated_attention, *inputs)
-
-        # the default comes last, and so is what training steps are measured with
-        candidates["fused, 1 backward pass"] = (partial(fused, 1), inputs, dy)
-        candidates["fused, 2 backward passes"] = (partial(fused, 2), inputs, dy)
-    if find_spec("splash_attention"):
+        candidates["fused"] = (partial(gated, fused_attention.gated_attention), inputs, dy)
+    if find_spec("splash_attention"):  # the paper authors' kernel: Bernoulli; p: what its penalty is made of
         from splash_attention import splash_attention
 
-        def splash(q, k, v):  # the paper authors' Bernoulli gate; p: what its penalty is made of
-            y, p, _ = splash_attention(q, k, v, 2.0, True, True, False)  # bias, causal, sample, return_map
-            return y, p
-
+        splash = lambda q, k, v: splash_attention(q, k, v, 2.0, True, True, False)[:2]  # bias, causal, sample, map
         candidates["splash_attention"] = (splash, inputs[:3], dy)
     return candidates
 
 
 def steps(config):
-    """Whole training steps with AdamW, dense, and gated under a bound. -> {title: results}"""
-    tables = {}
-    if config.device.startswith("cuda"):
-        settings = {
-            name: TrainConfig(n_layer=L, n_head=H, n_embd=C, block_size=1024, batch_size=B, learning_rate=1e-4, min_lr=1e-5)
-            for name, (L, H, C, B) in GPT2_SHAPES.items()
-        }
-        vocab_size, attentions = 50257, ("fused", "reference")
-    else:
-        settings = {name: RECIPES[name] for name in ("addition", "shakespeare_char")}
-        vocab_size, attentions = 65, ("reference",)
+    """Whole training steps with AdamW, dense, and gated under a bound."""
+    cuda, tables = config.device.startswith("cuda"), {}
+    settings = {name: RECIPES[name] for name in ("addition", "shakespeare_char")}
+    if cuda:
+        shape = lambda L, H, C, B: dict(n_layer=L, n_head=H, n_embd=C, block_size=1024, batch_size=B)
+        settings = {name: TrainConfig(**shape(*sizes), learning_rate=1e-4) for name, sizes in GPT2_SHAPES.items()}
     for name, s in settings.items():
         title = f"training step: {name}, batch {s.batch_size} of {s.block_size} tokens"
-        candidates = {"dense": partial(trainer, config, s, vocab_size, "none", "reference")}
-        for which in attentions:
-            candidates[f"gated, {which}"] = partial(trainer, config, s, vocab_size, config.gate, which)
-        together = [candidates] if not config.device.startswith("cuda") else [{k: v} for k, v in candidates.items()]
+        make = partial(trainer, config, s, 50257 if cuda else 65)
+        candidates = {"dense": lazy(partial(make, "none", "reference"))}
+        for which in ("fused", "reference") if cuda else ("reference",):
+            candidates[f"gated, {which}"] = lazy(partial(make, config.gate, which))
+        # on CUDA one model after the other, since two may not fit
+        groups = [{label: run} for label, run in candidates.items()] if cuda else [candidates]
         tables[title] = {}
-        for group in together:
-            tables[title] |= measure({label: lazy(make) for label, make in group.items()}, config.rounds, config.device)
+        while groups:
+            tables[title] |= measure(groups.pop(0), config.rounds, config.device)
+            candidates = None
         show(title, tables[title], s.batch_size * s.block_size)
     return tables
 
@@ -236,22 +209,22 @@ def lazy(make):
 
 def trainer(config, s, vocab_size, gate, attention):
     """A function that trains a new model by one step on random tokens. s: TrainConfig."""
-    shape = dict(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size, vocab_size=vocab_size)
-    model = GPT(GPTConfig(**shape, gate=gate)).to(config.device).train()
+    shape = dict(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size)
+    model = GPT(GPTConfig(**shape, vocab_size=vocab_size, gate=gate)).to(config.device).train()
     if gate != "none":
-        model.use_attention(attention, config.device)
+        choose_attention(model, attention)
     optimizer = make_optimizer(model, s, 0.0)
     tokens = torch.randint(vocab_size, (s.batch_size, s.block_size + 1), device=config.device)
     bound = None if gate == "none" else LossBound(10.0)
-    half = partial(torch.autocast, torch.device(config.device).type, dtype=torch.bfloat16)
-    autocast = half if config.dtype == "bfloat16" else nullcontext
+    half = config.dtype == "bfloat16"
+    autocast = partial(torch.autocast, torch.device(config.device).type, dtype=torch.bfloat16, enabled=half)
     forward = torch.compile(model) if config.compile else model
     return partial(training_step, forward, optimizer, [(tokens[:, :-1], tokens[:, 1:])], bound, s.grad_clip, autocast)
 
 
 def circuits(config):
-    """A step of the search for a circuit, float32 as in circuits.py, batch 32: with 64 pairs of the addition recipe's shape,
-    dense and gated; on CUDA also with 200 pairs of 16 tokens in GPT-2 small's shape, dense. -> {title: results}"""
+    """A step of the search for a circuit, float32 as in circuits.py, batch 32: pairs of the addition
+    recipe's shape, dense and gated; on CUDA also 200 pairs of 16 tokens in GPT-2 small's shape, dense."""
     torch.set_float32_matmul_precision("highest")
     s, tables = RECIPES["addition"], {}
     cases = [("addition", (s.n_layer, s.n_head, s.n_embd), 13, s.block_size, 64, ("none", config.gate))]
@@ -262,39 +235,42 @@ def circuits(config):
         positions = torch.full((n,), T - 1, device=config.device)
         runs = {}
         for kind in kinds:
-            shape = GPTConfig(block_size=T, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, gate=kind)
+            shape = GPTConfig(T, vocab_size, n_layer, n_head, n_embd, gate=kind)
             model = GPT(shape).to(config.device).eval().requires_grad_(False)
-            problem = Problem(model, clean, corrupted, positions, "corrupted")
-            runs["dense" if kind == "none" else "gated"] = partial(search, problem, bound=0.05, steps=1, seed=0, batch_size=32)
+            with evaluating(model):
+                problem = Problem(model, clean, corrupted, positions)
+            runs["dense" if kind == "none" else "gated"] = partial(one_search_step, problem)
         title = f"circuit search: one step, batch 32 of {n} pairs of {T} tokens, {name}, float32"
         tables[title] = measure(runs, config.rounds, config.device, warm_up=1)
         show(title, tables[title])
     return tables
 
 
+def one_search_step(problem):
+    with evaluating(problem.model):
+        search(problem, bound=0.05, steps=1, seed=0, batch_size=32)
+
+
+MEASUREMENTS = {"attention": attention, "step": steps, "circuits": circuits}
+
+
 def main(argv):
-    config = command_line.parse_or_help(BenchConfig(), argv, __doc__)
+    config = command_line.parse(BenchConfig(), argv, __doc__)
     config.device = find_device(config.device)
     cuda = config.device.startswith("cuda")
     config.rounds = config.rounds or (20 if cuda else 5)
     config.dtype = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
     if cuda:
         torch.cuda.set_device(config.device)
-    torch.set_float32_matmul_precision("high")  # as in train.py
     torch.manual_seed(0)
     print(f"{device_name(config.device)}, {config.dtype}, {config.rounds} rounds")
     tables = {}
-    for name, measured in zip(WHAT, (attention, steps, circuits)):
+    for name, measured in MEASUREMENTS.items():
         if config.what[0] in (name, "all"):
+            torch.set_float32_matmul_precision("high")  # as in train.py
             tables |= measured(config)
-    path = Path(config.out or f"out/bench_{config.what[0]}.json")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            json.dumps({"device": device_name(config.device), "config": asdict(config), "tables": tables}, indent=2)
-        )
-    except OSError as error:
-        raise UserError(f"cannot write --out {path} ({error.strerror}): choose another")
+    path = config.out or f"out/bench_{config.what[0]}.json"
+    write_json({"device": device_name(config.device), "config": asdict(config), "tables": tables}, path)
     print(f"\nwrote {path}")
 
 

@@ -5,10 +5,10 @@ Sparsity is not traded for loss at some fixed exchange rate; it is bought with w
 
     minimise  cost   subject to   loss <= bound            (GECO; Rezende and Viola 2018, arXiv 1810.00597)
 
-The Lagrangian  L = cost + multiplier * (loss - bound)  turns this into a game. The model descends on L; the multiplier,
-the price of loss in units of cost, ascends on it: dL/d(multiplier) = loss - bound, so it grows while the loss is too
-high and shrinks while there is slack. At rest the loss sits on the bound, and the price is the exact one that holds it
-there.
+The Lagrangian  L = cost + multiplier * (loss - bound)  turns this into a game. The model descends on L; the
+multiplier, the price of loss in units of cost, ascends on it: dL/d(multiplier) = loss - bound, so it grows
+while the loss is too high and shrinks while there is slack. At rest the loss sits on the bound, and the
+price is the exact one that holds it there.
 
 Nothing here knows of attention: cost and loss are any two scalars.
 """
@@ -23,13 +23,13 @@ class LossBound:
         scale    a violation that counts as large, in the same unit; violations are clipped to it
         rate     how far log(multiplier) moves in one step under a violation of `scale`
         decay    of the running average of the loss: it forgets over about 1 / (1 - decay) steps
-        smallest, largest    clamp on the multiplier; it starts at `largest`, where the loss counts most, and comes down as
-                             soon as there is slack
+        smallest, largest    clamp on the multiplier; it starts at `largest`, where the loss counts most, and
+                             comes down as soon as there is slack
 
-    How `update` follows: a price must be positive, so ascend on its logarithm, log m. A single batch is noisy, so use the
-    running average of the loss. The step is rate * (average - bound) / scale, clipped to [-rate, rate], because early
-    violations are a hundred times the later ones and would wind the price up; the clamp keeps a long phase on one side of
-    the bound from doing the same.
+    How `update` follows: a price must be positive, so ascend on its logarithm, log m. A single batch is
+    noisy, so use the running average of the loss. The step is rate * (average - bound) / scale, clipped to
+    [-rate, rate], because early violations are a hundred times the later ones and would wind the price up;
+    the clamp keeps a long phase on one side of the bound from doing the same.
     """
 
     def __init__(self, bound, scale=0.05, rate=0.02, decay=0.9, smallest=1e-3, largest=10.0):
@@ -43,8 +43,8 @@ class LossBound:
         return math.exp(self.log_multiplier)
 
     def lagrangian(self, cost, loss):
-        """cost + multiplier * (loss - bound), divided by 1 + multiplier so that the gradient has the same size whatever
-        the price. Scalars in, a scalar to minimise out; tensors keep their gradient."""
+        """cost + multiplier * (loss - bound), divided by 1 + multiplier so that the gradient has the same
+        size whatever the price. Scalars in, a scalar to minimise out; tensors keep their gradient."""
         return (cost + self.multiplier * (loss - self.bound)) / (1 + self.multiplier)
 
     def update(self, loss):

@@ -1,47 +1,44 @@
 """
 Make a dataset: text or toy examples in, token files out (data/<name>/train.bin, val.bin, meta.json).
 
-    python data/prepare.py addition                            all 10,000 problems dd+dd=ddd
-    python data/prepare.py shakespeare [--file=PATH]           tiny Shakespeare by characters; downloads 1.1 MB without --file
+    python data/prepare.py addition                     all 10,000 problems dd+dd=ddd
+    python data/prepare.py shakespeare [--file=PATH]    tiny Shakespeare by characters; else downloads 1.1 MB
     python data/prepare.py text PATH... --name=NAME [--tokenizer=gpt2|char|byte]
-                                                               any UTF-8 files or folders, streamed; with gpt2 a .jsonl file
-                                                               holds a document per line, {"text": ...}
+        any UTF-8 files or folders, streamed; with gpt2 every file is a document, and every line {"text": ...}
+        of a .jsonl file
     python data/prepare.py openwebtext [--subsets=K] [--folder=PATH]
-                                                               GPT-2's kind of text, streamed; downloads 0.6 GB per subset
-                                                               without --folder; an interrupted run goes on when run again
-    python data/prepare.py examples FILE --name=NAME           a toy task: one prompt<TAB>answer line per example
-    python data/prepare.py COMMAND --help                      the options of a command
+        GPT-2's kind of text; without --folder downloads 0.6 GB per subset; run again, it goes on after the
+        last subset that is finished
+    python data/prepare.py examples FILE --name=NAME    a toy task: one prompt<TAB>answer line per example
+    python data/prepare.py COMMAND --help               the options of a command
 """
 
 import codecs
 import hashlib
+import json
 import os
+import shutil
 import sys
-import time
-import urllib.error
-import urllib.request
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, this file sees the project, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
 
-import config as command_line
-from config import UserError, arguments, collected, option
 from data import openwebtext
-from data.documents import Document, Unit, as_they_are, cut, read_lines, split_of, text_of, tokenisers
+from data.documents import Document, cut, encoded, read_lines, read_parts
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
-from data.writer import DatasetWriter
+from support import command_line
+from support.command_line import UserError, arguments, option
+from support.files import download
 
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 CHUNK = 1 << 20  # bytes of text held at once
-UNIT = 256 << 20  # bytes of text files that are finished together: what an interruption costs at most, but for a longer file
-LINE = 64 << 20  # bytes of the longest line of .jsonl
 
 
 @dataclass
@@ -50,228 +47,209 @@ class Addition:
 
 
 @dataclass
-class Shakespeare:
+class Shakespeare(Addition):
     file: str = option("", "a local copy of the text; empty: download it")
-    data_dir: str = option("data", "where the dataset's folder goes")
 
 
 @dataclass
-class Text:
-    paths: tuple = arguments("one or more files or folders", 1, 1_000_000)
-    name: str = option("", "of the dataset")
-    tokenizer: str = option("gpt2", "what a token is", choices=("gpt2", "char", "byte"))
-    val_fraction: float = option(0.1, "held out for validation: the last part of the text, or documents", above=0, below=1)
-    workers: int = option(0, "processes that tokenise, with gpt2; 0: one per core", at_least=0)
-    data_dir: str = option("data", "where the dataset's folder goes")
-
-    def problems(self):
-        return name_problems(self.name, self.data_dir)
-
-
-@dataclass
-class OpenWebText:
-    subsets: int = option(21, "how many of the 21 archives; each has about 430 million tokens", at_least=1, below=22)
+class OpenWebText(Addition):
+    subsets: int = option(21, "how many of the 21 archives, 430 million tokens each", at_least=1, below=22)
     folder: str = option("", "local copies of the archives; empty: download them")
     val_fraction: float = option(0.0005, "of the documents, held out for validation", above=0, below=1)
-    workers: int = option(0, "processes that tokenise; 0: one per core", at_least=0)
-    data_dir: str = option("data", "where the dataset's folder goes")
 
 
 @dataclass
-class Examples:
+class Examples(Addition):
     paths: tuple = arguments("one file of examples", 1, 1)
     name: str = option("", "of the dataset")
-    val_fraction: float = option(0.1, "examples held out for validation; 0: both splits hold all", at_least=0, below=1)
-    seed: int = option(0, "of the order of the examples", at_least=0)
-    data_dir: str = option("data", "where the dataset's folder goes")
+    val_fraction: float = option(0.1, "held out of the examples; 0: nothing", at_least=0, below=1)
 
-    def problems(self):
-        return name_problems(self.name, self.data_dir)
-
-
-COMMANDS = {
-    "addition": Addition,
-    "shakespeare": Shakespeare,
-    "text": Text,
-    "examples": Examples,
-    "openwebtext": OpenWebText,
-}
+    def check(self):
+        name = self.name
+        if name in ("", ".", "..") or set(name) & set("/\\") or (Path(self.data_dir) / name).is_file():
+            raise UserError(f"--name is {name!r}: give one that can be a folder, such as --name=mytask")
 
 
-def name_problems(name, data_dir):
-    if name and name not in (".", "..") and not set(name) & set("/\\"):
-        if (Path(data_dir) / name).is_file():
-            return [f"--name is {name!r}, and {Path(data_dir) / name} is a file: give another name"]
-        return []
-    return [f"--name is {name!r}: give the dataset a name that can be a folder, such as --name=mytask"]
+@dataclass
+class Text(Examples):
+    paths: tuple = arguments("one or more files or folders", 1, 1_000_000)
+    tokenizer: str = option("gpt2", "what a token is", choices=("gpt2", "char", "byte"))
+    val_fraction: float = option(0.1, "held out: of the documents, or of the end", above=0, below=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Token files
+
+
+class TokenFiles:
+    """train.bin and val.bin on their way: in a temporary folder beside the dataset, put in place by
+    `finish`. Until then, and after any error, an older dataset of the same name stays as it was."""
+
+    def __init__(self, folder):
+        self.folder, self.temporary = Path(folder), Path(f"{folder}.{os.getpid()}.tmp")
+        self.n_tokens = {"train": 0, "val": 0}
+
+    def __enter__(self):
+        with self.writing():
+            self.temporary.mkdir(parents=True)
+            self.files = {split: open(self.temporary / f"{split}.bin", "wb") for split in self.n_tokens}
+        return self
+
+    def __exit__(self, *error):
+        with self.writing():
+            for file in self.files.values():
+                file.close()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    @contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as error:
+            where = f"{self.folder} ({error.strerror})"
+            raise UserError(f"cannot write {where}: make room, or choose another --data_dir")
+
+    def write(self, tokens, split="train"):
+        """Append uint16 tokens."""
+        with self.writing():
+            self.files[split].write(tokens.tobytes())
+        self.n_tokens[split] += len(tokens)
+
+    def finish(self, meta, val_fraction=None):
+        """Put the files in place. val_fraction: cut this part off the end of all tokens for validation,
+        instead of what was written for it. Returns the contents of meta.json: meta, the numbers of tokens,
+        and their hash."""
+        train, val = (self.temporary / f"{split}.bin" for split in ("train", "val"))
+        with self.writing():
+            for file in self.files.values():
+                file.close()
+            if val_fraction is not None:
+                n = sum(self.n_tokens.values())
+                n_train = int(n * (1 - val_fraction))
+                append(val, train)
+                with open(train, "r+b") as file, open(val, "wb") as rest:
+                    file.seek(2 * n_train)
+                    shutil.copyfileobj(file, rest)
+                    file.truncate(2 * n_train)
+                self.n_tokens = {"train": n_train, "val": n - n_train}
+            if min(self.n_tokens.values()) < 2:
+                raise UserError(f"{sum(self.n_tokens.values())} tokens are too few to split: give more text")
+            meta = {**meta, **{f"{split}_tokens": n for split, n in self.n_tokens.items()}}
+            digest = hashlib.sha256()
+            for path in (train, val):
+                with open(path, "rb") as file:
+                    while data := file.read(CHUNK):
+                        digest.update(data)
+            meta["sha256"] = digest.hexdigest()
+            (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("train.bin", "val.bin", "meta.json"):
+                os.replace(self.temporary / name, self.folder / name)
+        return meta
+
+
+def append(source, target):
+    """Append a file to another, and delete it."""
+    with open(source, "rb") as file, open(target, "ab") as end:
+        shutil.copyfileobj(file, end)
+    os.unlink(source)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Text
 
 
-def prepare_text(paths, folder, tokenizer_name, val_fraction, workers=1):
-    """Tokenise files and folders, in the order given (folders: every file in them, by name), into train.bin and val.bin.
-    Memory stays at a few chunks whatever the size of the text. With gpt2 every file is a document, and every line of a
-    .jsonl file, and the split is by document where that puts ten or more into validation; else validation is the end of the
-    text. Raises UserError for missing, empty or non-UTF-8 files."""
+def prepare_text(paths, folder, tokenizer_name, val_fraction):
+    """Tokenise files and folders, in the order given (folders: every file in them, by name). Memory stays at
+    a few chunks whatever the size of the text. Validation is the end of the text, or with gpt2 whole
+    documents, where it gets ten or more. Returns the contents of meta.json. Raises UserError for what is no
+    UTF-8 text."""
     files = [file for path in paths for file in files_of(Path(path))]
-    for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(f"{file} is empty: leave it out")
-    total = sum(file.stat().st_size for file in files)
-    if tokenizer_name == "gpt2":
-        by_document = count_documents(files, total) * val_fraction >= 10
-        settings = {"command": "text", "val_fraction": val_fraction, "by_document": by_document}
-        units = file_units(files, val_fraction if by_document else None)
-        return prepare_documents(units, folder, GPT2Tokenizer, settings, val_fraction, workers, by_document)
-    tokenizer = ByteTokenizer()
-    if tokenizer_name == "char":
-        characters = set()
-        with progress(total, "counting characters") as bar:
-            for file in files:
-                for chunk in chunks(file, bar):
-                    characters |= set(chunk)
-        tokenizer = CharTokenizer("".join(sorted(characters)))
-    with DatasetWriter(folder) as writer:
-        with progress(total, "tokenising") as bar:
-            for file in files:
-                for chunk in chunks(file, bar):
-                    writer.write(tokenizer.encode(chunk))
-        return writer.finish(tokenizer.meta(), int(writer.n_tokens * (1 - val_fraction)))
-
-
-def prepare_documents(units, folder, make_tokenizer, settings, val_fraction, workers, by_document=True):
-    """Tokenise units of documents, each document followed by end-of-text, on so many processes (0: one per core). Goes on
-    after the units that an interrupted run with the same settings finished. by_document: if not, all documents say train, and
-    the last val_fraction of their tokens become the validation split. Returns the contents of meta.json."""
-    tokenizer, began = make_tokenizer(), time.monotonic()
-    size = sum(unit.size for unit in units)
-    workers = 1 if 0 < size < 4 * CHUNK else workers or n_cores()  # for a small text, starting others would take longer
-    with DatasetWriter(folder, settings, [unit.name for unit in units]) as writer:
-        before, n_done = writer.n_tokens, len(writer.done)
-        if n_done:
-            print(f"going on after {n_done} of {len(units)} parts, {before:,} tokens", flush=True)
-        done_size = sum(unit.size for unit in units[:n_done])
-        with tokenisers(make_tokenizer, val_fraction, workers) as encode, progress(size or None, "", done_size) as bar:
-            for i, unit in enumerate(units[n_done:], n_done + 1):
-                bar.set_description(f"tokenising, part {i} of {len(units)}")
-                for encoded in encode(unit.jobs(bar)):
-                    for split, tokens in encoded.tokens.items():
-                        writer.write(tokens, split)
-                    writer.documents += encoded.documents
-                    writer.left_out.update(encoded.left_out)
-                    bar.set_postfix_str(f"{writer.n_tokens / 1e6:,.1f}M tokens", refresh=False)
-                writer.save(unit.name)
-        rate = (writer.n_tokens - before) / (time.monotonic() - began)
-        left_out = ", ".join(f"{n:,} {reason}" for reason, n in sorted(writer.left_out.items()))
-        print(f"{writer.documents:,} documents" + (f" (left out: {left_out})" if left_out else ""), end=", ")
-        print(f"{rate:,.0f} tokens/s with --workers={workers}", flush=True)
-        return writer.finish(tokenizer.meta(), None if by_document else int(writer.n_tokens * (1 - val_fraction)))
-
-
-def n_cores():
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def count_documents(files, total):
-    """How many documents files hold. Raises UserError for the first five that are no UTF-8 text, before hours of work."""
-    n_documents, problems = 0, []
-    with progress(total, "checking") as bar:
+    size = sum(file.stat().st_size for file in files)
+    with TokenFiles(folder) as out, tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
+        if tokenizer_name == "gpt2":
+            tokenizer = GPT2Tokenizer()
+            documents = write_documents(out, text_jobs(files, bar), tokenizer, val_fraction)
+            return out.finish(tokenizer.meta(), None if documents["val"] >= 10 else val_fraction)
+        tokenizer = ByteTokenizer()
+        if tokenizer_name == "char":
+            characters = set().union(*(chunk for file in files for chunk in chunks(file)))
+            tokenizer = CharTokenizer("".join(sorted(characters)))
         for file in files:
-            with collected(problems):
-                if file.suffix == ".jsonl":
-                    n_documents += sum(block.count(b"\n") + 1 for block in line_blocks(file, bar))
-                else:
-                    for _ in chunks(file, bar):
-                        pass
-                    n_documents += 1
-            if len(problems) == 5:
-                break
-    if problems:
-        raise UserError("\n".join(problems))
-    return n_documents
+            for chunk in chunks(file, bar):
+                out.write(tokenizer.encode(chunk))
+        return out.finish(tokenizer.meta(), val_fraction)
 
 
-def file_units(files, val_fraction):
-    """Files as units of about UNIT bytes, each named by a hash of its files' paths, sizes and times. val_fraction: None if the
-    split is not by document."""
-    units, group, size = [], [], 0
-    for i, file in enumerate(files, 1):
-        group.append(file)
-        size += file.stat().st_size
-        if size >= UNIT or i == len(files):
-            facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in group]
-            name = hashlib.sha256(repr(facts).encode("utf-8", errors="backslashreplace")).hexdigest()[:16]
-            units.append(Unit(name, size, partial(file_jobs, group, val_fraction)))
-            group, size = [], 0
-    return units
+def write_documents(out, jobs, tokenizer, val_fraction):
+    """Tokenise jobs into TokenFiles. Returns {split: documents}, and prints them and what was left out."""
+    documents, left_out = Counter(), Counter()
+    for tokens, count, reasons in encoded(jobs, tokenizer, val_fraction):
+        for split in tokens:
+            out.write(tokens[split], split)
+        documents.update(count)
+        left_out.update(reasons)
+    words = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()) if n)
+    print(f"{sum(documents.values()):,} documents" + (f" (left out: {words})" if words else ""), flush=True)
+    return documents
 
 
-def file_jobs(files, val_fraction, bar):
+def text_jobs(files, bar):
     """Jobs of about CHUNK bytes: small files together, parts of large ones, lines of .jsonl."""
-    documents, size = [], 0
+    parts, size = [], 0
     for file in files:
         if file.suffix == ".jsonl":
-            yield as_they_are, documents
-            documents, size = [], 0
-            yield from ((partial(read_lines, split=None if val_fraction else "train"), raw) for raw in line_blocks(file, bar))
+            yield read_parts, parts
+            parts, size = [], 0
+            yield from ((read_lines, lines) for lines in line_blocks(file, bar))
             continue
-        for document in file_documents(file, val_fraction, bar):
-            documents.append(document)
-            size += len(document.text)
+        beginning = None
+        for text in chunks(file, bar):
+            beginning = beginning or text
+            parts.append(Document(text, beginning, False))
+            size += len(text)
             if size >= CHUNK:
-                yield as_they_are, documents
-                documents, size = [], 0
-    yield as_they_are, documents
-
-
-def file_documents(file, val_fraction, bar):
-    """A text file in parts; the first one decides the split of all."""
-    split = None if val_fraction else "train"
-    for text in chunks(file, bar):
-        split = split or split_of(text, val_fraction)
-        yield Document(text, split, ends=False)
-    yield Document("", split)
+                yield read_parts, parts
+                parts, size = [], 0
+        parts.append(Document("", beginning, True))
+    yield read_parts, parts
 
 
 def line_blocks(file, bar):
-    """The bytes of a .jsonl file in blocks of whole lines. Raises UserError if the first line holds no text."""
-    rest, first = b"", True
+    """The bytes of a .jsonl file in blocks of whole lines."""
+    rest = b""
     with opened(file) as stream:
         while data := stream.read(CHUNK):
             bar.update(len(data))
-            lines, newline, rest = (rest + data).rpartition(b"\n")
-            if len(rest) > LINE:
-                raise UserError(f'{file} holds a line of more than {LINE >> 20} MB: write one {{"text": ...}} per line')
-            if newline:
-                if first:
-                    check_first_line(file, lines)
-                    first = False
-                yield lines
-    if rest:
-        if first:
-            check_first_line(file, rest)
-        yield rest
+            lines, _, rest = (rest + data).rpartition(b"\n")
+            yield lines
+    yield rest
 
 
-def check_first_line(file, raw):
-    problem = text_of(raw.lstrip().split(b"\n", 1)[0])[1] if raw.strip() else None
-    if problem and problem != "empty":
-        raise UserError(f'the first line of {file} is {problem}: write one {{"text": ...}} per line')
-
-
-def files_of(path):
-    """The file itself, or all files below a folder, by name, hidden ones left out."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"there is no file or folder {path}: check the path")
-    files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts))
-    if not files:
-        raise UserError(f"the folder {path} holds no files: give another")
-    return files
+def chunks(file, bar=None):
+    """The text of a file in pieces of about CHUNK bytes, each cut before white space where there is some, so
+    that the tokens are the same as if the file were encoded whole. Raises UserError if it is empty or not
+    UTF-8."""
+    decode, rest, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
+    with opened(file) as stream:
+        while True:
+            data = stream.read(CHUNK)
+            try:
+                text = rest + decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = offset + error.start
+                raise UserError(f"{file} is not UTF-8 text (near byte {place}): convert it or leave it out")
+            offset += len(data)
+            if not offset:
+                raise UserError(f"{file} is empty: leave it out")
+            if bar is not None:
+                bar.update(len(data))
+            end = cut(text) if data else len(text)
+            if end:
+                yield text[:end]
+            rest = text[end:]
+            if not data:
+                return
 
 
 @contextmanager
@@ -283,99 +261,85 @@ def opened(file):
         raise UserError(f"cannot read {file} ({error.strerror}): check its permissions or leave it out")
 
 
-def chunks(file, bar):
-    """The text of a file in pieces of about CHUNK bytes, each cut before white space where there is some, so that the tokens
-    are the same as if the file were encoded whole."""
-    decode, rest, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
-    with opened(file) as stream:
-        while True:
-            data = stream.read(CHUNK)
-            try:
-                text = rest + decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file} is not UTF-8 text (near byte {offset + error.start}): convert it or leave it out")
-            offset += len(data)
-            bar.update(len(data))
-            if not data:
-                if text:
-                    yield text
-                return
-            end = cut(text)
-            if end > 0:
-                yield text[:end]
-            rest = text[end:]
+def files_of(path):
+    """The file itself, or all files below a folder, by name, hidden ones left out."""
+    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not hidden(f))
+    if not files:
+        raise UserError(f"there is no file or folder with files {path}: check the path")
+    return files
 
 
-def progress(total, label, done=0):
-    return tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=label, leave=False)
+def prepare_openwebtext(subsets, source, folder, val_fraction, tokenizer):
+    """Tokenise archives: those of the folder `source`, or downloaded ones. Every archive becomes a dataset
+    of its own in <folder>.parts, which stays until all are done. Returns the contents of meta.json."""
+    parts = Path(f"{folder}.parts")
+    names = openwebtext.ARCHIVES[:subsets]
+    archives = openwebtext.local_archives(source, subsets) if source else [parts / name for name in names]
+    done = [parts / f"{archive.stem}-{val_fraction}" for archive in archives]
+    for number, (archive, part) in enumerate(zip(archives, done), start=1):
+        print(f"{archive.name}, {number} of {len(done)}" + ", is done" * part.is_dir(), flush=True)
+        if part.is_dir():
+            continue
+        if not source:
+            download(openwebtext.URL + archive.name, archive)
+        size = archive.stat().st_size
+        with TokenFiles(part) as out, tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
+            write_documents(out, openwebtext.jobs_of(archive, bar), tokenizer, val_fraction)
+            out.finish(tokenizer.meta())
+        if not source:
+            archive.unlink()
+    with TokenFiles(folder) as out:
+        for part in done:
+            for split in ("train", "val"):
+                out.write(np.memmap(part / f"{split}.bin", dtype=np.uint16, mode="r"), split)
+        meta = out.finish(tokenizer.meta())
+    shutil.rmtree(parts)
+    return meta
 
 
-def download(url, path, sha256):
-    """Fetch a file with a progress bar, check it, and put it in place only when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as file:
-            with progress(int(response.headers.get("Content-Length", 0)) or None, "downloading") as bar:
-                while data := response.read(CHUNK):
-                    file.write(data)
-                    bar.update(len(data))
-        if hashlib.sha256(temporary.read_bytes()).hexdigest() != sha256:
-            raise UserError(f"{url} is not the file it was: get tiny Shakespeare elsewhere and pass it with --file=PATH")
-        os.replace(temporary, path)
-    except (urllib.error.URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"cannot download {url} ({reason}): get the file by other means and pass it with --file=PATH")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Toy tasks
 
 
-def prepare_examples(pairs, folder, val_fraction, seed=0):
-    """Write a toy task. pairs: (prompt, answer) strings, every prompt of one length, every answer of one length. Shuffled
-    by seed, then split; with val_fraction 0 both splits hold all examples."""
+def prepare_examples(pairs, folder, val_fraction):
+    """Write a toy task. pairs: (prompt, answer) strings, every prompt of one length, every answer of one
+    length. Shuffled, then split; with val_fraction 0 both splits hold all examples."""
     tokenizer = CharTokenizer("".join(sorted(set("".join(prompt + answer for prompt, answer in pairs)))))
-    examples = np.stack([tokenizer.encode(prompt + answer) for prompt, answer in pairs])  # (N, example_length)
-    examples = np.random.default_rng(seed).permutation(examples)
-    n_val = round(len(examples) * val_fraction)
-    if val_fraction and not 0 < n_val < len(examples):
-        raise UserError(
-            f"--val_fraction {val_fraction} of {len(examples)} examples leaves a split empty: give more examples, or 0"
-        )
-    train, val = (examples[n_val:], examples[:n_val]) if val_fraction else (examples, examples)
-    task = {"example_length": examples.shape[1], "answer_start": len(pairs[0][0])}
-    with DatasetWriter(folder) as writer:
-        writer.write(train.ravel())
-        writer.write(val.ravel())
-        return writer.finish({**tokenizer.meta(), **task}, train.size)
+    examples = np.stack([tokenizer.encode(prompt + answer) for prompt, answer in pairs])  # (N, length)
+    examples = np.random.default_rng(0).permutation(examples)
+    n, n_val = len(examples), round(len(examples) * val_fraction)
+    if val_fraction and not 0 < n_val < n:
+        raise UserError(f"--val_fraction {val_fraction} of {n} examples leaves a split empty: give another")
+    with TokenFiles(folder) as out:
+        out.write(examples[n_val:].ravel())
+        out.write(examples[: n_val or n].ravel(), "val")
+        task = {"example_length": examples.shape[1], "answer_start": len(pairs[0][0])}
+        return out.finish({**tokenizer.meta(), **task})
 
 
 def read_examples(path):
-    """(prompt, answer) of every line of a file. Raises UserError with the number of the first line that does not fit."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check the path")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (near byte {error.start}): convert it")
-    if not lines:
-        raise UserError(f"{path} is empty: write one prompt<TAB>answer line per example")
+    """(prompt, answer) of every line of a file. Raises UserError with the number of the first bad line."""
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        pair = line.split("\t")
+    for number, line in enumerate("".join(chunks(Path(path))).splitlines(), start=1):
+        pair = tuple(line.split("\t"))
         if len(pair) != 2 or not all(pair):
             raise UserError(f"{path} line {number} is {line[:40]!r}: write a prompt, one tab, and an answer")
-        pairs.append(tuple(pair))
-        lengths, first = [len(part) for part in pair], [len(part) for part in pairs[0]]
-        if lengths != first:
-            raise UserError(
-                f"{path} line {number} has {lengths[0]} + {lengths[1]} characters, line 1 has {first[0]} + {first[1]}: "
-                "pad them to one length"
-            )
+        pairs.append(pair)
+        (a, b), (first_a, first_b) = map(len, pair), map(len, pairs[0])
+        if (a, b) != (first_a, first_b):
+            sizes = f"{a} + {b} characters, line 1 has {first_a} + {first_b}"
+            raise UserError(f"{path} line {number} has {sizes}: pad them to one length")
     return pairs
+
+
+COMMANDS = {  # name: (options, the dataset's folder if they do not name it)
+    "addition": (Addition, "addition"),
+    "shakespeare": (Shakespeare, "shakespeare_char"),
+    "text": (Text, None),
+    "examples": (Examples, None),
+    "openwebtext": (OpenWebText, "openwebtext"),
+}
 
 
 def main(argv):
@@ -385,32 +349,25 @@ def main(argv):
     command, *argv = argv
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}: choose one of {', '.join(COMMANDS)}")
-    if "--help" in argv or "-h" in argv:
-        print(f"{__doc__}\noptions of {command}:\n{command_line.help_text(COMMANDS[command]())}")
-        return
-    options = command_line.parse(COMMANDS[command](), argv)
+    defaults, name = COMMANDS[command]
+    options = command_line.parse(defaults(), argv, f"{__doc__}\n{command},")
     data_dir = Path(options.data_dir)
-    if command == "addition":
-        folder = data_dir / "addition"
+    folder = data_dir / (name or options.name)
+    if command == "addition":  # the task is finite: both splits hold all of it
         pairs = [(f"{a:02d}+{b:02d}=", f"{a + b:03d}") for a in range(100) for b in range(100)]
-        meta = prepare_examples(pairs, folder, val_fraction=0)  # the task is finite: both splits hold all of it
+        meta = prepare_examples(pairs, folder, val_fraction=0)
     elif command == "examples":
-        folder = data_dir / options.name
-        meta = prepare_examples(read_examples(options.paths[0]), folder, options.val_fraction, options.seed)
+        meta = prepare_examples(read_examples(options.paths[0]), folder, options.val_fraction)
     elif command == "text":
-        folder = data_dir / options.name
-        meta = prepare_text(options.paths, folder, options.tokenizer, options.val_fraction, options.workers)
+        meta = prepare_text(options.paths, folder, options.tokenizer, options.val_fraction)
     elif command == "openwebtext":
-        folder = data_dir / "openwebtext"
-        units = openwebtext.archives(options.subsets, options.folder)
-        settings = {"command": "openwebtext", "val_fraction": options.val_fraction}
-        meta = prepare_documents(units, folder, GPT2Tokenizer, settings, options.val_fraction, options.workers)
+        tokenizer = GPT2Tokenizer()
+        meta = prepare_openwebtext(options.subsets, options.folder, folder, options.val_fraction, tokenizer)
     else:
-        folder = data_dir / "shakespeare_char"
-        source = Path(options.file) if options.file else data_dir / "tinyshakespeare.txt"
-        if not options.file and not source.is_file():
-            download(SHAKESPEARE_URL, source, SHAKESPEARE_SHA256)
-        meta = prepare_text([source], folder, "char", 0.1)
+        text = Path(options.file or data_dir / "tinyshakespeare.txt")
+        if not options.file and not text.is_file():
+            download(SHAKESPEARE, text, SHAKESPEARE_SHA256)
+        meta = prepare_text([text], folder, "char", 0.1)
     tokens = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"
     print(f"{folder}: {tokens}, vocabulary {meta['vocab_size']}")
 

@@ -1,15 +1,16 @@
 """
 Tasks: pairs of prompts, clean and corrupted, that differ in what decides the answer and in nothing else.
 
-A dataset gives them as it is (`from_dataset`): a toy task's examples, or pieces of running text, whose task is the next token.
-The others are made here from templates, or from random tokens, for any model whose tokenizer has the words as single tokens,
-such as GPT-2:
+A dataset gives them as it is (`from_dataset`): a toy task's examples, or pieces of running text, whose task
+is the next token. The others are made here from templates, or from random tokens, for any model whose
+tokenizer has the words as single tokens, such as GPT-2:
 
-    ioi            " Mary and John went to the shop, John gave a drink to" -> " Mary", not " John"     (Wang et al. 2022)
-    greater_than   "The war lasted from the year 1743 to the year 17" -> any of 44 .. 99, not less     (Hanna et al. 2023)
-    pronoun        "So Mary is such a good friend, isn't" -> " she", not " he"                         (Mathwin et al. 2023)
-    induction      random tokens, of which a piece comes again: what followed it the first time?      (Olsson et al. 2022)
+    ioi           " Mary and John went to the shop, John gave a drink to" -> " Mary", not " John"
+    greater_than  "The war lasted from the year 1743 to the year 17" -> any of 44 .. 99, not less
+    pronoun       "So Mary is such a good friend, isn't" -> " she", not " he"
+    induction     random tokens, of which a piece comes again: what followed it the first time?
 
+(Wang et al. 2022; Hanna et al. 2023; Mathwin et al. 2023; Olsson et al. 2022)
 `from_file` reads one's own from JSON lines.
 """
 
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import UserError
+from support.command_line import UserError
 from data.dataset import MAKE_COMMANDS, Dataset
 from data.tokenizer import tokenizer_of
 
@@ -40,33 +41,45 @@ class Task(NamedTuple):
 
     def halves(self):
         """Every other example, and those between, two Tasks; a single example is both."""
-        second = slice(1, None, 2) if len(self.clean) > 1 else slice(None)
-        return [Task(*(field[part] for field in self[:5]), self.aligned) for part in (slice(0, None, 2), second)]
+        parts = slice(0, None, 2), slice(1, None, 2) if len(self.clean) > 1 else slice(None)
+        return [Task(*(field[part] for field in self[:5]), self.aligned) for part in parts]
 
 
-def make(name, model_config, meta, n, seed, data_dir="data"):
-    """n examples (0: 4,000 of a toy task's dataset, 1,000 of running text, else 400) of a task by its name, for a model of that
-    GPTConfig whose tokenizer meta describes. Raises UserError for a task that does not exist or does not fit the model."""
+def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False):
+    """n examples of a task by its name, or all of a file, for a model of that GPTConfig whose tokenizer meta
+    describes. n=0: 4,000 of a toy task's dataset, 1,000 of running text, else 400. aligned: the prompts must
+    have one length. Raises UserError for a task that does not exist or does not fit."""
+    task = from_file(file, tokenizer_of(meta)) if file else make(name, model_config, meta, n, seed, data_dir)
+    if task.clean.size(1) > model_config.block_size:
+        sizes = f"{task.clean.size(1)} tokens, and the model sees {model_config.block_size} at once"
+        raise UserError(f"{name} has prompts of {sizes}: give another model")
+    if aligned and not task.aligned:
+        raise UserError(f"--positions needs prompts of one length, and those of {name} differ: leave it out")
+    return task
+
+
+def make(name, model_config, meta, n, seed, data_dir):
     if name == "induction":
         return induction(model_config.vocab_size, model_config.block_size, n or 400, seed)
     if name in TEMPLATES:
         return from_template(name, tokenizer_of(meta), n or 400, seed)
-    known = ", ".join(["induction", *TEMPLATES])
-    if not (Path(data_dir) / name / "meta.json").is_file() and name not in MAKE_COMMANDS:
-        raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {Path(data_dir) / name} of it")
+    folder, known = Path(data_dir) / name, ", ".join(["induction", *TEMPLATES])
+    if not (folder / "meta.json").is_file() and name not in MAKE_COMMANDS:
+        raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {folder} of it")
     data = Dataset(name, model_config.block_size, data_dir)
     data.check_tokenizer(meta, "the model")
     return from_dataset(data, n or (4000 if data.is_task else 1000), seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From a dataset
 
 
 def from_dataset(data, n, seed, length=32):
-    """n examples, drawn without replacement from the validation split (or all there are), each paired with another whose
-    answer differs in every token, or in as many as a hundred draws can find. data: a Dataset. An example of running text is a
-    piece of it, which overlaps no other: `length` tokens (or the block size, if less) and the one that follows, the answer."""
+    """n examples, drawn without replacement from the validation split (or all there are), each paired with
+    another whose answer differs in every token, or in as many as a hundred draws can find. data: a Dataset.
+    An example of running text is a piece of it, which overlaps no other: `length` tokens (or the block size,
+    if less) and the one that follows, the answer."""
     tokens = data.tokens["val"]
     length = data.example_length or min(length, data.block_size) + 1
     start = data.answer_start or length - 1
@@ -82,13 +95,15 @@ def from_dataset(data, n, seed, length=32):
     return Task(clean[:, :-1], corrupted[:, :-1], positions, clean[:, start:], corrupted[:, start:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From templates
 
 NAMES = {
-    "he": "John James Robert Michael David William Richard Joseph Thomas Charles Paul Mark George Steven Kevin Peter".split(),
-    "she": "Mary Linda Jennifer Elizabeth Susan Jessica Sarah Karen Nancy Lisa Anna Laura Emily Alice Rachel Kate".split(),
-}
+    "he": "John James Robert Michael David William Richard Joseph Thomas Charles Paul Mark George Steven "
+          "Kevin Peter".split(),
+    "she": "Mary Linda Jennifer Elizabeth Susan Jessica Sarah Karen Nancy Lisa Anna Laura Emily Alice "
+           "Rachel Kate".split(),
+}  # fmt: skip
 PLACES = "store park school office station hospital restaurant garden beach library market house".split()
 THINGS = "book drink ring ball key letter card pen gift hat coat flower".split()
 EVENTS = "war siege strike trial voyage plague famine project festival rebellion journey expedition".split()
@@ -102,7 +117,8 @@ IOI_FRAMES = [
 
 
 def ioi(tokenizer, rng):
-    """Indirect object identification. Both orders, ABBA and BABA; the corrupted prompt has three other names."""
+    """Indirect object identification. Both orders, ABBA and BABA; the corrupted prompt has three other
+    names."""
     names = [f" {name}" for name in NAMES["he"] + NAMES["she"]]
     receiver, giver, *others = rng.choice(names, 5, replace=False)
     frame, place, thing = rng.choice(IOI_FRAMES), f" {rng.choice(PLACES)}", f" {rng.choice(THINGS)}"
@@ -112,10 +128,12 @@ def ioi(tokenizer, rng):
 
 
 def greater_than(tokenizer, rng):
-    """A later year of the same century. The corrupted prompt begins so early that the wrong year is as right as the answer."""
+    """A later year of the same century. The corrupted prompt begins so early that the wrong year is as right
+    as the answer."""
     century = rng.integers(11, 20)
-    years = [year for year in range(2, 100) if len(tokenizer.encode(f" {century}{year:02d}")) == 2]  # the century and the rest
-    early, wrong, start, answer = sorted(rng.choice(years, 4, replace=False)) if len(years) >= 4 else (0, 0, 0, 0)
+    two_tokens = lambda year: len(tokenizer.encode(f" {century}{year:02d}")) == 2  # the century and the rest
+    years = [year for year in range(2, 100) if two_tokens(year)]
+    early, wrong, start, answer = sorted(rng.choice(years, 4, replace=False)) if len(years) >= 4 else [0] * 4
     frame = f"The {rng.choice(EVENTS)} lasted from the year {century}{{:02d}} to the year {century}"
     return frame.format(start), frame.format(early), f"{answer:02d}", f"{wrong:02d}"
 
@@ -133,8 +151,8 @@ TEMPLATES = {"ioi": ioi, "greater_than": greater_than, "pronoun": pronoun}
 
 
 def from_template(name, tokenizer, n, seed):
-    """n examples of a task of TEMPLATES. An example whose answer is not one token, or whose prompts differ in length, is drawn
-    again; raises UserError where this tokenizer has none such in ten thousand draws."""
+    """n examples of a task of TEMPLATES. An example whose answer is not one token, or whose prompts differ
+    in length, is drawn again; raises UserError where this tokenizer has none such in ten thousand draws."""
     rng, examples, draws = np.random.default_rng(seed), [], 0
     while len(examples) < n:
         draws += 1
@@ -143,13 +161,13 @@ def from_template(name, tokenizer, n, seed):
         if len(clean) == len(corrupted) and len(answer) == len(wrong) == 1 and answer != wrong:
             examples.append((clean, corrupted, answer[0], wrong[0]))
         elif not examples and draws > 10_000:
-            raise UserError(f"{name}: this tokenizer has no single tokens for the answers: take a model with GPT-2's tokens")
+            raise UserError(f"{name}: its answers are no single tokens here: give a model with GPT-2's")
     return stacked(examples)
 
 
 def stacked(examples):
-    """(clean, corrupted, answer, wrong) tokens of prompts of any lengths -> Task. Shorter ones are filled up at their end,
-    which no earlier position sees."""
+    """(clean, corrupted, answer, wrong) tokens of prompts of any lengths -> Task. Shorter ones are filled up
+    at their end, which no earlier position sees."""
     T = max(len(clean) for clean, *_ in examples)
     clean, corrupted = (torch.tensor([e[i] + [0] * (T - len(e[i])) for e in examples]) for i in (0, 1))
     positions = torch.tensor([[len(e[0]) - 1] for e in examples])
@@ -158,16 +176,15 @@ def stacked(examples):
 
 
 def induction(vocab_size, block_size, n, seed):
-    """Different random tokens, then a piece of them again; the answer is what followed the piece. The corrupted prompt has
-    other tokens of which none comes again; the wrong answer is another token of the clean prompt. Raises UserError where the
-    vocabulary or the context is too small."""
+    """Different random tokens, then a piece of them again; the answer is what followed the piece. The
+    corrupted prompt has other tokens of which none comes again; the wrong answer is another token of the
+    clean prompt. Raises UserError where the vocabulary or the context is too small."""
     T = min(16, block_size)
     piece = max(1, T // 4)
     first = T - piece
     if T < 6 or vocab_size < T + 1:
-        raise UserError(
-            f"induction takes 6 tokens of context and {T + 1} different ones: {block_size} and {vocab_size} are there"
-        )
+        known = f"{block_size} and {vocab_size} are there"
+        raise UserError(f"induction takes 6 tokens of context and {T + 1} different ones: {known}")
     rng = np.random.default_rng(seed)
     examples = []
     for _ in range(n):
@@ -180,41 +197,41 @@ def induction(vocab_size, block_size, n, seed):
     return stacked(examples)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From a file
 
 
 def from_file(path, tokenizer):
-    """One example per line, {"clean": text, "corrupted": text, "answer": text, "wrong_answer": text}; where the last is left
-    out, it is another line's answer. Raises UserError with the number of the first line that does not fit."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines would break some JSON strings
+    """One example per line, {"clean": text, "corrupted": text, "answer": text, "wrong_answer": text}; where
+    the last is left out, it is another line's answer. Raises UserError with the number of the first bad
+    line."""
+    try:  # not splitlines, which would break some JSON strings
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): give a UTF-8 file of JSON lines")
-    if lines == [""]:
-        raise UserError(f"{path} is empty: write one JSON object per line")
     examples = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path} line {number}"
         try:
             record = json.loads(line)
-            texts = [record["clean"], record["corrupted"], record["answer"]]
+            texts = [record[key] for key in ("clean", "corrupted", "answer")]
             texts += [record["wrong_answer"]] if "wrong_answer" in record else []
-            tokens = [list(map(int, tokenizer.encode("" + text))) for text in texts]  # a TypeError unless text
+            clean, corrupted, *answers = (tokenizer.encode("" + text).tolist() for text in texts)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} line {number}: {error!s:.80}: write a JSON object with clean, corrupted and answer")
-        if not tokens[0] or len(tokens[0]) != len(tokens[1]):
-            n_clean, n_corrupted = map(len, tokens[:2])
-            raise UserError(
-                f"{path} line {number}: clean has {n_clean} tokens, corrupted {n_corrupted}: give them equal lengths"
-            )
-        if any(len(answer) != 1 for answer in tokens[2:]):
-            raise UserError(f"{path} line {number}: an answer is not one token: {texts[2:]}")
-        examples.append([*tokens[:2], *(answer[0] for answer in tokens[2:])])
+            wanted = "write a JSON object with clean, corrupted and answer"
+            raise UserError(f"{where}: {error!s:.80}: {wanted}")
+        if not clean or len(clean) != len(corrupted):
+            sizes = f"clean has {len(clean)} tokens, corrupted {len(corrupted)}"
+            raise UserError(f"{where}: {sizes}: give them equal lengths")
+        if any(len(answer) != 1 for answer in answers):
+            raise UserError(f"{where}: an answer is not one token: {texts[2:]}")
+        examples.append([clean, corrupted, *(answer for (answer,) in answers)])
     answers = [example[2] for example in examples]
-    for number, example in enumerate(examples):
+    for number, example in enumerate(examples, start=1):
         if len(example) == 3:
             others = [answer for answer in answers[number:] + answers[:number] if answer != example[2]]
             if not others:
-                raise UserError(f"{path} line {number + 1} has no wrong_answer, and no line another answer: add one")
+                wrong = "has no wrong_answer, and no line another answer"
+                raise UserError(f"{path} line {number} {wrong}: add one")
             example.append(others[0])
     return stacked(examples)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from config import UserError
+from support.command_line import UserError
 
 LONG_WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]{1000,}")  # what GPT-2's pattern takes for white space
 
@@ -19,9 +19,8 @@ class CharTokenizer:
     def encode(self, text):
         unknown = sorted(set(text) - set(self._token))
         if unknown:
-            raise UserError(
-                f"the model does not know {', '.join(map(repr, unknown[:5]))}: use only the characters {self.characters!r}"
-            )
+            which = ", ".join(map(repr, unknown[:5]))
+            raise UserError(f"the model does not know {which}: use only the characters {self.characters!r}")
         return np.array([self._token[c] for c in text], dtype=np.uint16)
 
     def decode(self, tokens):
@@ -55,18 +54,19 @@ class GPT2Tokenizer:
         try:
             self._encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # no network, or a damaged cache
-            raise UserError(
-                f"tiktoken cannot get the GPT-2 vocabulary ({type(error).__name__}): connect once, or set TIKTOKEN_CACHE_DIR "
-                "to a folder that has it"
-            )
+            kind = type(error).__name__
+            remedy = "connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+            raise UserError(f"tiktoken cannot get the GPT-2 vocabulary ({kind}): {remedy}")
         self.vocab_size, self.end_of_text = self._encoding.n_vocab, self._encoding.eot_token
 
     def encode(self, text):
-        """uint16 tokens. A long run of white space is cut before its last character, where the encoding cuts it, too:
-        tiktoken's search for that place overflows its stack."""
+        """uint16 tokens. A long run of white space is cut before its last character, where the encoding cuts
+        it, too: tiktoken's search for that place overflows its stack."""
         ends = [run.end() - 1 for run in LONG_WHITE_SPACE.finditer(text) if run.end() < len(text)]
         parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
-        return np.array([token for part in parts for token in self._encoding.encode_ordinary(part)], dtype=np.uint16)
+        parts = [part.encode("utf-8", "replace").decode() for part in parts]  # half a surrogate pair: "?"
+        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
+        return np.concatenate(parts).astype(np.uint16)
 
     def decode(self, tokens):
         return self._encoding.decode(list(tokens))

@@ -8,8 +8,8 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which must be known before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import config as command_line
 from data.prepare import prepare_examples
+from support import command_line
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,6 +1,4 @@
-"""Tokenisers that need no vocabulary. In a file without torch: the processes that tokenise import it."""
-
-import os
+"""A tokeniser that needs no vocabulary, and what it wrote."""
 
 import numpy as np
 
@@ -11,19 +9,10 @@ class Letters:
     vocab_size, end_of_text = 257, 256
 
     def encode(self, text):
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.uint16)
 
     def meta(self):
         return {"tokenizer": "byte", "vocab_size": self.vocab_size}
-
-
-class Mortal(Letters):
-    """Ends its process when it reads a certain word."""
-
-    def encode(self, text):
-        if "die" in text:
-            os._exit(1)
-        return super().encode(text)
 
 
 def split_texts(folder, split):

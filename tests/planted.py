@@ -1,9 +1,10 @@
 """
 Transformers whose circuit is known because their weights were written down.
 
-The width is cut into slots of eight dimensions: the token, the position, two slots for what heads and MLPs pass on, one that
-balances every vector's mean to zero, so that LayerNorm changes nothing but the length, and an unused one. A head is told which
-slots its query, key and value read and where it writes; what is not mentioned is zero.
+The width is cut into slots of eight dimensions: the token, the position, two slots for what heads and MLPs
+pass on, one that balances every vector's mean to zero, so that LayerNorm changes nothing but the length, and
+an unused one. A head is told which slots its query, key and value read and where it writes; what is not
+mentioned is zero.
 """
 
 import torch
@@ -29,7 +30,8 @@ def empty(n_layer):
 
 @torch.no_grad()
 def add_head(model, layer, head, query, key, value, to, gain=GAIN):
-    """query, key: (slot, matrix (V, V)): the head attends where the two products are the same one-hot; value, to: slots."""
+    """query, key: (slot, matrix (V, V)): the head attends where the two products are the same one-hot;
+    value, to: slots."""
     attn, D = model.h[layer].attn, C // 2
     rows = slice(head * D, head * D + V)  # the first V of the head's D dimensions
     for part, (slot, matrix) in enumerate([query, key, (value, torch.eye(V))]):
@@ -41,7 +43,8 @@ def add_head(model, layer, head, query, key, value, to, gain=GAIN):
 
 @torch.no_grad()
 def add_mlp(model, layer, read, matrix, to):
-    """One hidden unit per dimension of the slot `read`; its answer is matrix times that slot, written to the slot `to`."""
+    """One hidden unit per dimension of the slot `read`; its answer is matrix times that slot, written to the
+    slot `to`."""
     mlp = model.h[layer].mlp
     mlp.c_fc.weight[:V, read] = torch.eye(V)
     mlp.c_proj.weight[to, :V] = GAIN * matrix
@@ -67,16 +70,16 @@ def random_prompts(n, generator):
 
 
 def previous_token():
-    """Head 0 copies the token before. Queries and keys read positions, which the corrupted prompt leaves as they were, so their
-    edges do not count."""
+    """Head 0 copies the token before. Queries and keys read positions, which the corrupted prompt leaves as
+    they were, so their edges do not count."""
     model = empty(1)
     add_head(model, 0, 0, (POSITION, PREVIOUS), (POSITION, SAME), TOKEN, TOKEN)
     return model, random_prompts, {("embed", "a0.h0.v"), ("a0.h0", "logits")}
 
 
 def induction():
-    """Head 0 of layer 0 tells every token what came before it; head 1 of layer 1 looks for the token that came after the
-    present one's first time, and copies it."""
+    """Head 0 of layer 0 tells every token what came before it; head 1 of layer 1 looks for the token that
+    came after the present one's first time, and copies it."""
     model = empty(2)
     add_head(model, 0, 0, (POSITION, PREVIOUS), (POSITION, SAME), TOKEN, A, gain=1.0)
     add_head(model, 1, 1, (TOKEN, SAME), (A, SAME), TOKEN, TOKEN)
@@ -92,7 +95,8 @@ def induction():
 
 
 def distractor():
-    """Head 0 copies the first token to the answer; head 1 copies the second as strongly to where nobody reads."""
+    """Head 0 copies the first token to the answer; head 1 copies the second as strongly to where nobody
+    reads."""
     model = empty(1)
     add_head(model, 0, 0, *at(0), TOKEN, TOKEN)
     add_head(model, 0, 1, *at(1), TOKEN, B)
@@ -100,8 +104,8 @@ def distractor():
 
 
 def two_paths():
-    """The first token goes through head 0 to the MLP of layer 0, which answers with its successor. The second goes through
-    head 1 and the MLP of layer 1 to the positions' slot, which is no answer."""
+    """The first token goes through head 0 to the MLP of layer 0, which answers with its successor. The
+    second goes through head 1 and the MLP of layer 1 to the positions' slot, which is no answer."""
     model = empty(2)
     add_head(model, 0, 0, *at(0), TOKEN, A)
     add_head(model, 0, 1, *at(1), TOKEN, B)

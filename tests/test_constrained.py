@@ -9,8 +9,8 @@ from constrained import LossBound
 
 
 def test_finds_the_known_multiplier_of_a_convex_problem():
-    """minimise x^2 subject to (x - 3)^2 <= 1. At the optimum x = 2 the gradients balance: 2x = multiplier * 2 (3 - x), so
-    the multiplier is 2."""
+    """minimise x^2 subject to (x - 3)^2 <= 1. At the optimum x = 2 the gradients balance: 2x = multiplier *
+    2 (3 - x), so the multiplier is 2."""
     x = torch.tensor(0.0, requires_grad=True)
     bound = LossBound(1.0, scale=0.5, rate=0.02, decay=0.5)
     optimizer = torch.optim.SGD([x], lr=0.05)

@@ -2,40 +2,44 @@
 
 import json
 import os
-import shutil
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from config import UserError
-from data import dataset, prepare
+from data import dataset, documents, prepare
 from data.dataset import Dataset
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, tokenizer_of
+from support.command_line import UserError
+from tests.letters import Letters, split_texts
 
 
 def tokens_of(folder):
-    return np.concatenate([np.fromfile(folder / f"{split}.bin", dtype=np.uint16) for split in ("train", "val")])
+    splits = (folder / f"{split}.bin" for split in ("train", "val"))
+    return np.concatenate([np.fromfile(path, dtype=np.uint16) for path in splits])
 
 
-def text_dataset(tmp_path, text, **options):
+def text_dataset(tmp_path, text, tokenizer="char", val_fraction=0.1):
     (tmp_path / "text.txt").write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     folder = tmp_path / "data" / "mine"
-    prepare.prepare_text([tmp_path / "text.txt"], folder, **{"tokenizer_name": "char", "val_fraction": 0.1, **options})
+    prepare.prepare_text([tmp_path / "text.txt"], folder, tokenizer, val_fraction)
     return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Toy tasks
 
 
 def test_addition_holds_every_problem_once_per_split(tmp_path, program):
     code, out, _ = program(prepare.main, "addition", f"--data_dir={tmp_path}")
     assert code == 0 and "90,000 training" in out
-    meta = json.loads((tmp_path / "addition" / "meta.json").read_text())
-    tokenizer = tokenizer_of(meta)
+    tokenizer = tokenizer_of(json.loads((tmp_path / "addition" / "meta.json").read_text()))
     for split in ("train", "val"):
         lines = tokenizer.decode(np.fromfile(tmp_path / "addition" / f"{split}.bin", dtype=np.uint16))
         lines = [lines[i : i + 9] for i in range(0, len(lines), 9)]
         assert len(lines) == len(set(lines)) == 10_000
-        assert all(int(line[:2]) + int(line[3:5]) == int(line[6:]) and line[2] + line[5] == "+=" for line in lines)
+        assert all(line[2] + line[5] == "+=" for line in lines)
+        assert all(int(line[:2]) + int(line[3:5]) == int(line[6:]) for line in lines)
 
 
 def test_only_the_answer_is_to_be_predicted(data_dir):
@@ -48,6 +52,21 @@ def test_only_the_answer_is_to_be_predicted(data_dir):
         assert tokenizer.decode(row_y[3:]) == f"{int(text[0]) + int(text[2]):02d}"
 
 
+def test_examples_of_ones_own(tmp_path, program):
+    rows = (f"{a}{b}>\t{max(a, b)}{min(a, b)}\n" for a in range(10) for b in range(10))
+    (tmp_path / "rows").write_text("".join(rows))
+    code, _, _ = program(prepare.main, "examples", tmp_path / "rows", "--name=sort", f"--data_dir={tmp_path}")
+    data = Dataset("sort", 4, tmp_path)
+    assert code == 0 and data.meta["example_length"] == 5 and data.meta["answer_start"] == 3
+    assert (len(data.tokens["train"]), len(data.tokens["val"])) == (450, 50)
+    train, val = ({tuple(row) for row in data.tokens[s].reshape(-1, 5)} for s in ("train", "val"))
+    assert len(train | val) == 100 and not train & val
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text
+
+
 def test_text_batches_are_shifted_by_one(tmp_path):
     folder = text_dataset(tmp_path, "the quick brown fox jumps over the lazy dog " * 20)
     data = Dataset("mine", 16, folder.parent)
@@ -58,16 +77,11 @@ def test_text_batches_are_shifted_by_one(tmp_path):
     assert len(data.tokens["val"]) - len(blocks) <= 16, "the whole split but for a rest must be seen"
 
 
-def test_characters_come_back(tmp_path):
+@pytest.mark.parametrize("tokenizer", ["char", "byte"])
+def test_text_comes_back(tmp_path, tokenizer):
     text = "Grüße, 世界!\n" * 30
-    folder = text_dataset(tmp_path, text)
-    tokenizer = tokenizer_of(json.loads((folder / "meta.json").read_text()))
-    assert tokenizer.decode(tokens_of(folder)) == text
-
-
-def test_bytes_come_back(tmp_path):
-    text = "Grüße, 世界!\n" * 30
-    assert ByteTokenizer().decode(tokens_of(text_dataset(tmp_path, text, tokenizer_name="byte"))) == text
+    folder = text_dataset(tmp_path, text, tokenizer)
+    assert tokenizer_of(json.loads((folder / "meta.json").read_text())).decode(tokens_of(folder)) == text
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -75,251 +89,177 @@ def test_chunks_do_not_change_the_text(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(prepare, "CHUNK", chunk)
     for text in ["a b  c\n\n d\t\te世界 fgh" * 5 + "end ", "   ", "oneword", " \n x"]:
         (tmp_path / "t").write_bytes(text.encode())
-        with prepare.progress(None, "") as bar:
-            assert "".join(prepare.chunks(tmp_path / "t", bar)) == text
-
-
-def needs_gpt2():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set: give it a folder with tiktoken's gpt2 files")
-
-
-@pytest.mark.parametrize("chunk", [50, 1000])
-def test_gpt2_tokens_do_not_depend_on_the_chunks(tmp_path, monkeypatch, real_text, chunk):
-    needs_gpt2()
-    text = real_text.read_text(encoding="utf-8")[:30_000] + "\n\n  a\n\n\n   b  's 've\t\tx"
-    monkeypatch.setattr(prepare, "CHUNK", chunk)
-    folder = text_dataset(tmp_path, text, tokenizer_name="gpt2")
-    tokenizer = GPT2Tokenizer()
-    assert tokens_of(folder).tolist() == [*tokenizer.encode(text).tolist(), tokenizer.end_of_text]
-
-
-def test_a_large_text_is_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNK", 1 << 16)
-    text = "all work and no play makes jack a dull boy\n" * 200_000  # 8.6 MB
-    tracemalloc.start()
-    (tmp_path / "text.txt").write_text(text)
-    del text
-    tracemalloc.reset_peak()
-    prepare.prepare_text([tmp_path / "text.txt"], tmp_path / "data" / "mine", "byte", 0.1)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4e6, f"{peak / 1e6:.1f} MB held for a text of 8.6 MB read in chunks of 0.07 MB"
+        assert "".join(prepare.chunks(tmp_path / "t")) == text
 
 
 def test_folders_are_read_in_order_and_split_at_the_end(tmp_path):
     (tmp_path / "texts" / "sub").mkdir(parents=True)
-    (tmp_path / "texts" / "b.txt").write_text("b" * 50)
-    (tmp_path / "texts" / "a.txt").write_text("a" * 40)
-    (tmp_path / "texts" / "sub" / "c.txt").write_text("c" * 10)
-    (tmp_path / "texts" / ".hidden").write_text("x")
+    for name, text in {"b.txt": "b" * 50, "a.txt": "a" * 40, "sub/c.txt": "c" * 10, ".hidden": "x"}.items():
+        (tmp_path / "texts" / name).write_text(text)
     prepare.prepare_text([tmp_path / "texts"], tmp_path / "d", "char", 0.1)
     assert np.fromfile(tmp_path / "d" / "train.bin", dtype=np.uint16).tolist() == [0] * 40 + [1] * 50
     assert np.fromfile(tmp_path / "d" / "val.bin", dtype=np.uint16).tolist() == [2] * 10
 
 
-def test_examples_of_ones_own(tmp_path, program):
-    (tmp_path / "rows.tsv").write_text("".join(f"{a}{b}>\t{max(a, b)}{min(a, b)}\n" for a in range(10) for b in range(10)))
-    code, _, _ = program(prepare.main, "examples", tmp_path / "rows.tsv", "--name=sort", f"--data_dir={tmp_path}")
-    data = Dataset("sort", 4, tmp_path)
-    assert code == 0 and data.meta["example_length"] == 5 and data.meta["answer_start"] == 3
-    assert (len(data.tokens["train"]), len(data.tokens["val"])) == (450, 50)
-    train, val = ({tuple(row) for row in data.tokens[s].reshape(-1, 5)} for s in ("train", "val"))
-    assert len(train | val) == 100 and not train & val
-
-
-@pytest.mark.parametrize(
-    "content, sentence",
-    [
-        ("1+1\t2\n1+2 3\n", "rows.tsv line 2 is '1+2 3': write a prompt, one tab, and an answer"),
-        ("1+1\t2\n\n", "rows.tsv line 2 is '': write a prompt, one tab, and an answer"),
-        ("1+1\t2\n1+2\t3\t4\n", "rows.tsv line 2 is '1+2\\t3\\t4': write a prompt, one tab, and an answer"),
-        ("1+1\t2\n1+1\t2\n9+9\t18\n", "rows.tsv line 3 has 3 + 2 characters, line 1 has 3 + 1: pad them to one length"),
-        ("", "rows.tsv is empty: write one prompt<TAB>answer line per example"),
-        ("a\tb\n", "--val_fraction 0.1 of 1 examples leaves a split empty: give more examples, or 0"),
-        (b"\xff\xfe", "rows.tsv is not UTF-8 text (near byte 0): convert it"),
-    ],
-)
-def test_bad_examples(tmp_path, program, content, sentence):
-    (tmp_path / "rows.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    code, _, err = program(prepare.main, "examples", tmp_path / "rows.tsv", "--name=x", f"--data_dir={tmp_path}")
-    assert code == 2 and sentence in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize(
-    "content, sentence",
-    [
-        (b"", "text.txt is empty: leave it out"),
-        (b"good \xff bad", "text.txt is not UTF-8 text (near byte 5): convert it or leave it out"),
-        (b"half \xe4\xb8", "text.txt is not UTF-8 text"),
-        (b"ab", "2 tokens are too few to split"),
-        (None, "there is no file or folder"),
-    ],
-)
-def test_bad_text_leaves_the_old_dataset_alone(tmp_path, program, content, sentence):
-    folder = text_dataset(tmp_path, "good text " * 20)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    if content is None:
-        (tmp_path / "text.txt").unlink()
-    else:
-        (tmp_path / "text.txt").write_bytes(content)
-    code, _, err = program(
-        prepare.main, "text", tmp_path / "text.txt", "--name=mine", "--tokenizer=char", f"--data_dir={tmp_path / 'data'}"
-    )
-    assert code == 2 and sentence in err.splitlines()[-1]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine"], "no temporary folder may stay behind"
-
-
-def test_prepare_reports_all_problems_together(program):
-    code, _, err = program(prepare.main, "text", "--tokenizer=words", "--val_fraction=2", "--nam=x")
-    assert code == 2
-    assert err.splitlines() == [
-        "error: there is no option --nam: did you mean --name?",
-        "error: give one or more files or folders: 0 were given",
-        "error: --tokenizer is 'words': choose one of gpt2, char, byte",
-        "error: --val_fraction is 2.0: give less than 1",
-        "error: --name is '': give the dataset a name that can be a folder, such as --name=mytask",
-    ]
-    assert "there is no command 'adition': choose one of addition," in program(prepare.main, "adition")[2]
-    assert "--name is '': give the dataset a name" in program(prepare.main, "text", "x")[2]
-
-
-def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match=r"addition/meta.json is missing: run `python data/prepare.py addition`"):
-        Dataset("addition", 8, tmp_path)
-    with pytest.raises(UserError, match=r"run `python data/prepare.py shakespeare`"):
-        Dataset("shakespeare_char", 8, tmp_path)
-
-
-def test_damaged_datasets_are_named(tmp_path):
-    folder = text_dataset(tmp_path, "some text of a few words " * 20)
-    with pytest.raises(
-        UserError, match="val.bin holds 50 tokens, and one sequence takes 65: give more text or a smaller block_size"
-    ):
-        Dataset("mine", 64, folder.parent)
-    val = (folder / "val.bin").read_bytes()
-    (folder / "val.bin").write_bytes(val + b"x")
-    with pytest.raises(UserError, match="val.bin holds 101 bytes, half a uint16 token too many"):
-        Dataset("mine", 8, folder.parent)
-    (folder / "val.bin").write_bytes(val)
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 3, "tokenizer": "byte"}))
-    with pytest.raises(UserError, match=r"train.bin holds token \d+, but meta.json says vocab_size 3"):
-        Dataset("mine", 8, folder.parent)
-    for text in [
-        "{",
-        "[]",
-        '{"vocab_size": "many", "tokenizer": "char"}',
-        '{"vocab_size": 9}',
-        '{"vocab_size": 0, "tokenizer": "byte"}',
-        '{"vocab_size": 9, "tokenizer": "char"}',
-    ]:
-        (folder / "meta.json").write_text(text)
-        with pytest.raises(UserError, match="meta.json is damaged"):
-            Dataset("mine", 8, folder.parent)
-
-
-def variants_of(content, rng):
-    """A file's content cut short, with bytes added, and with a bit changed."""
-    yield from (b"", content + b"\0\0", content + content)
-    for at in rng.integers(len(content), size=15):
-        yield content[:at]
-        yield content[:at] + bytes([content[at] ^ (1 << rng.integers(8))]) + content[at + 1 :]
-
-
-@pytest.mark.parametrize("name", ["sums", "mine"])
-def test_altered_token_files_are_errors(tmp_path, data_dir, name):
-    folder = text_dataset(tmp_path, "some text of a few words " * 20)
-    if name == "sums":
-        shutil.copytree(data_dir / "sums", folder.parent / "sums")
-    for path in [folder.parent / name / f"{split}.bin" for split in ("train", "val")]:
-        content = path.read_bytes()
-        for variant in variants_of(content, np.random.default_rng(0)):
-            path.write_bytes(variant)
-            with pytest.raises(UserError, match=r"train.bin|val.bin") as raised:
-                Dataset(name, 8, folder.parent)
-            assert len(str(raised.value).splitlines()) == 1
-        path.write_bytes(content)
-    Dataset(name, 8, folder.parent)
-
-
-@pytest.mark.parametrize("name", ["sums", "mine"])
-def test_altered_descriptions_are_errors_or_harmless(tmp_path, data_dir, name):
-    """meta.json with bits changed may say something else that is right, such as another character: then batches must come."""
-    folder = text_dataset(tmp_path, "some text of a few words " * 20)
-    if name == "sums":
-        shutil.copytree(data_dir / "sums", folder.parent / "sums")
-    path = folder.parent / name / "meta.json"
-    content = path.read_bytes()
-    meta, values = json.loads(content), [None, -1, 0, 1.5, True, "x", [], {}, 10**9, [[1]], float("nan")]
-    wrong = [json.dumps({**meta, key: value}) for key in meta for value in values]
-    wrong += [json.dumps({k: v for k, v in meta.items() if k != key}) for key in ("vocab_size", "tokenizer", "characters")]
-    wrong += ["[" * 100_000, '{"vocab_size": ' + "9" * 5000 + "}", "null", "7", "\ufeff" + content.decode()]
-    for text in wrong:
-        path.write_text(text)
-        with pytest.raises(UserError) as raised:
-            Dataset(name, 8, folder.parent)
-        assert len(str(raised.value).splitlines()) == 1
-    n_errors = 0
-    for variant in variants_of(content, np.random.default_rng(1)):
-        path.write_bytes(variant)
-        try:
-            data = Dataset(name, 8, folder.parent)
-        except UserError as error:
-            assert len(str(error).splitlines()) == 1
-            n_errors += 1
-            continue
-        assert data.batch("train", 4, torch.Generator().manual_seed(0))[0].shape[0] == 4
-    assert n_errors >= 18, "whatever is cut short or has bytes added is an error"
-
-
-def test_a_token_out_of_range_is_found_in_its_batch(tmp_path, monkeypatch):
-    """Opening a large file looks at a part of it."""
-    folder = text_dataset(tmp_path, "abcd" * 400_000, tokenizer_name="byte")
-    monkeypatch.setattr(dataset, "CHECKED", 1 << 18)
-    Dataset("mine", 64, folder.parent)
-    tokens = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r+")
-    tokens[100_000] = 256
-    tokens.flush()
-    data = Dataset("mine", 64, folder.parent)
-    with pytest.raises(UserError, match="train.bin holds token 256, but meta.json says vocab_size 256: make it again"):
-        for _ in data.sequential("train", 100):
-            pass
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="train.bin holds token 256"):
-        Dataset("mine", 64, folder.parent)
-
-
 def test_of_a_large_split_a_spread_part_is_taken(tmp_path, data_dir, monkeypatch):
-    folder = text_dataset(tmp_path, "".join(chr(97 + i % 26) for i in range(50_000)), val_fraction=0.5)
-    data, sums = Dataset("mine", 64, folder.parent), Dataset("sums", 5, data_dir)
+    text = "".join(chr(97 + i % 26) for i in range(50_000))
+    data = Dataset("mine", 64, text_dataset(tmp_path, text, val_fraction=0.5).parent)
     whole = torch.cat([x for x, _ in data.sequential("val", 7)])
-    assert len(whole) == 24_999 // 64 and data.part("val") == "" and sums.part("val") == ""
+    assert len(whole) == 24_999 // 64 and data.part("val") == ""
     monkeypatch.setattr(dataset, "EVALUATED", 6400)
     part = torch.cat([x for x, _ in data.sequential("val", 7)])
     assert torch.equal(part, whole[torch.arange(100) * 390 // 100])
     assert torch.equal(part[:14], torch.cat([x for x, _ in data.sequential("val", 7, 2)]))
     assert data.part("val") == "6,400 of the 25,000 tokens of val.bin, evenly spread"
     monkeypatch.setattr(dataset, "EVALUATED", 60)
-    assert sums.part("val") == "60 of the 600 tokens of val.bin, evenly spread"
+    sums = Dataset("sums", 5, data_dir)
     examples = torch.from_numpy(sums.tokens["val"].astype(np.int64)).view(100, 6)
     assert torch.equal(torch.cat([x for x, _ in sums.sequential("val", 3)]), examples[::10, :5])
 
 
-def test_paths_that_cannot_be_written_or_read(tmp_path, program):
+# ------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+@pytest.fixture
+def letters(monkeypatch):
+    """What takes the GPT-2 tokenizer takes Letters instead."""
+    monkeypatch.setattr(prepare, "GPT2Tokenizer", Letters)
+
+
+def lines(texts):
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+
+
+def test_few_documents_are_split_at_the_end_of_the_text(tmp_path, letters):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("first " * 9)
+    (tmp_path / "in" / "b.jsonl").write_text(lines(["second", "third"]))
+    (tmp_path / "in" / "c.txt").write_text("fourth " * 5)
+    meta = prepare.prepare_text([tmp_path / "in"], tmp_path / "out", "gpt2", 0.25)
+    tokens = tokens_of(tmp_path / "out")
+    ends = np.flatnonzero(tokens == Letters.end_of_text)
+    parts = [bytes(part[part < 256].astype(np.uint8)).decode() for part in np.split(tokens, ends + 1)]
+    assert sorted(parts) == sorted(["", "first " * 9, "second", "third", "fourth " * 5])
+    assert meta["val_tokens"] == len(tokens) - int(0.75 * len(tokens))
+
+
+def test_many_documents_are_split_by_document(tmp_path, letters, monkeypatch):
+    """Also long ones that are read in parts: a document stays on one side."""
+    monkeypatch.setattr(prepare, "CHUNK", 64)
+    monkeypatch.setattr(documents, "PIECE", 50)
+    texts = [f"{i} some words é 世 😀 " * (3 + i) for i in range(60)]
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i:02d}.txt").write_text(text)
+    upper = [text.upper() for text in texts]
+    (tmp_path / "in" / "z.jsonl").write_text("\n" + lines(upper)[:-1])
+    meta = prepare.prepare_text([tmp_path / "in"], tmp_path / "out", "gpt2", 0.3)
+    train, val = split_texts(tmp_path / "out", "train"), split_texts(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts + upper) and 20 < len(val) < 52
+    assert meta["val_tokens"] == sum(len(text.encode()) + 1 for text in val)
+    prepare.prepare_text([tmp_path / "in"], tmp_path / "again", "gpt2", 0.3)
+    assert (tmp_path / "again" / "val.bin").read_bytes() == (tmp_path / "out" / "val.bin").read_bytes()
+
+
+def test_lines_without_a_text_are_left_out_and_counted():
+    bad = [b"{", b"[1]", b'{"text": 3}', b'{"body": "x"}', b'{"text": "\xff"}', b'{"text": " "}', b"[" * 99_999]
+    good = lines(["one text", "another"]).encode() + b'{"text": "half a pair \\ud800"}\n'
+    found, left_out = documents.read_lines(good + b"\n".join(bad))
+    assert [document.text for document in found] == ["one text", "another", "half a pair \ud800"]
+    assert left_out == {'without a "text"': 6}
+    tokens, count, _ = documents.encode((documents.read_parts, found), Letters(), 0.999)
+    assert count == {"val": 3} and len(tokens["train"]) == 0
+
+
+@pytest.fixture
+def gpt2():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: give it a folder with tiktoken's gpt2 files")
+    return GPT2Tokenizer()
+
+
+@pytest.mark.parametrize("chunk", [50, 1000])
+def test_gpt2_tokens_do_not_depend_on_the_chunks(tmp_path, monkeypatch, real_text, gpt2, chunk):
+    text = real_text.read_text(encoding="utf-8")[:30_000] + "\n\n  a\n\n\n   b  's 've\t\tx"
+    monkeypatch.setattr(prepare, "CHUNK", chunk)
+    monkeypatch.setattr(documents, "PIECE", 90)
+    folder = text_dataset(tmp_path, text, "gpt2")
+    assert tokens_of(folder).tolist() == [*gpt2._encoding.encode_ordinary(text), gpt2.end_of_text]
+
+
+def test_gpt2_takes_any_text(gpt2):
+    runs = [" " * 3000 + "b", "\n" * 2000 + "b", "\x1c" * 2000 + "y", " " * 1500 + "\x1d" + " " * 1500]
+    for text in [*runs, *("a" + run for run in runs), "", "<|endoftext|>"]:
+        assert gpt2.encode(text).tolist() == gpt2._encoding.encode_ordinary(text)
+    text = "a" + " " * 1_000_000 + "b"
+    assert gpt2.decode(gpt2.encode(text)) == text
+    assert gpt2.decode(gpt2.encode("half a pair \ud800")) == "half a pair ?"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sentences
+
+TEXT, ROWS = ["text", "--tokenizer=char"], ["examples"]
+BAD = [
+    (TEXT, b"", "in is empty: leave it out"),
+    (TEXT, b"good \xff bad", "in is not UTF-8 text (near byte 5): convert it or leave it out"),
+    (TEXT, b"half \xe4\xb8", "in is not UTF-8 text"),
+    (TEXT, b"ab", "2 tokens are too few to split: give more text"),
+    (TEXT, None, "there is no file or folder with files"),
+    ([*TEXT, "--val_fraction=2"], b"x", "--val_fraction is 2.0: give less than 1"),
+    ([*TEXT, "--name=a/b"], b"x", "--name is 'a/b': give one that can be a folder"),
+    (ROWS, b"1+1\t2\n1+2 3\n", "in line 2 is '1+2 3': write a prompt, one tab, and an answer"),
+    (ROWS, b"1+1\t2\n\n", "in line 2 is '': write a prompt, one tab, and an answer"),
+    (ROWS, b"1+1\t2\n9+9\t18\n", "in line 2 has 3 + 2 characters, line 1 has 3 + 1: pad them to one length"),
+    (ROWS, b"a\tb\n", "--val_fraction 0.1 of 1 examples leaves a split empty"),
+    (["adition"], b"x", "there is no command 'adition': choose one of addition,"),
+    (["openwebtext", "--subsets=22"], b"x", "--subsets is 22: give less than 22"),
+]
+
+
+@pytest.mark.parametrize("argv, content, sentence", BAD, ids=[sentence for *_, sentence in BAD])
+def test_bad_input_is_one_sentence_and_loses_nothing(tmp_path, program, argv, content, sentence):
+    folder = text_dataset(tmp_path, "good text " * 20)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if content is not None:
+        (tmp_path / "in").write_bytes(content)
+    where = [] if argv[0] in ("adition", "openwebtext") else [tmp_path / "in", "--name=mine"]
+    code, _, err = program(prepare.main, argv[0], *where, *argv[1:], f"--data_dir={tmp_path}/data")
+    assert code == 2 and sentence in err and err.count("error: ") == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine"], "no other folder may stay"
+
+
+def test_a_path_that_cannot_be_written(tmp_path, program):
     (tmp_path / "file").write_text("some text")
-    cases = [
-        (["addition", f"--data_dir={tmp_path / 'file'}"], "cannot write to"),
-        (["text", tmp_path / "file", "--name=file", f"--data_dir={tmp_path}"], "is a file: give another name"),
-    ]
-    for argv, sentence in cases:
-        code, _, err = program(prepare.main, *argv)
-        assert code == 2 and sentence in err and len(err.splitlines()) == 1
-    assert (tmp_path / "file").read_text() == "some text"
+    code, _, err = program(prepare.main, "addition", f"--data_dir={tmp_path / 'file'}")
+    assert code == 2 and "cannot write" in err and len(err.splitlines()) == 1
+
+
+def test_missing_and_damaged_datasets_are_named(tmp_path):
+    commands = {"addition": "addition", "shakespeare_char": "shakespeare", "x": "text PATH --name=x"}
+    for name, command in commands.items():
+        with pytest.raises(UserError, match=f"{name}/meta.json is missing: run .*prepare.py {command}`"):
+            Dataset(name, 8, tmp_path)
+    folder = text_dataset(tmp_path, "some text of a few words " * 20)
+    with pytest.raises(UserError, match="val.bin holds 50 tokens, a sequence takes 65: give a smaller"):
+        Dataset("mine", 64, folder.parent)
+    val = (folder / "val.bin").read_bytes()
+    for wrong in (b"", val + b"x", val[:-2]):
+        (folder / "val.bin").write_bytes(wrong)
+        with pytest.raises(UserError, match="val.bin does not hold the 50 tokens of meta.json: make"):
+            Dataset("mine", 8, folder.parent)
+    (folder / "val.bin").write_bytes(val[:-2] + b"\xff\x00")
+    with pytest.raises(UserError, match="val.bin of mine holds token 255, and vocab_size is"):
+        list(Dataset("mine", 7, folder.parent).sequential("val", 8))
+    for text in ["{", "[]", '{"vocab_size": "9", "tokenizer": "byte"}', '{"vocab_size": 9, "tokenizer": "char"}']:
+        (folder / "meta.json").write_text(text)
+        with pytest.raises(UserError, match="meta.json is damaged"):
+            Dataset("mine", 8, folder.parent)
 
 
 def test_unknown_characters_are_named():
     with pytest.raises(UserError, match="the model does not know 'x', 'é': use only the characters 'abc'"):
         CharTokenizer("abc").encode("axé")
+    assert ByteTokenizer().decode(ByteTokenizer().encode("axé")) == "axé"

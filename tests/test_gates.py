@@ -46,7 +46,8 @@ def test_hard_concrete_follows_the_paper_formula():
         assert got == pytest.approx(z, abs=1e-12)
         s = 1 / (1 + math.exp(-log_alpha))
         z = min(1.0, max(0.0, s * (zeta - gamma) + gamma))
-        assert HardConcrete().deterministic(torch.tensor(log_alpha, dtype=torch.float64)).item() == pytest.approx(z, abs=1e-12)
+        got = HardConcrete().deterministic(torch.tensor(log_alpha, dtype=torch.float64)).item()
+        assert got == pytest.approx(z, abs=1e-12)
 
 
 def test_the_models_hard_concrete_gate_is_open_where_bernoullis_is():
@@ -102,60 +103,43 @@ def test_no_position_sees_a_later_one(gate):
 
 
 @BOTH
-@pytest.mark.parametrize("own_input", [False, True])
-def test_last_queries_alone_give_the_same_rows(gate, own_input):
+def test_last_queries_alone_give_the_same_rows(gate):
     """Generation asks for the newest rows only."""
     q, k, v = qkv()
-    gate_q, gate_k, _ = qkv(D=2) if own_input else (None, None, None)
-    last_gate_q = gate_q[:, :, 3:] if own_input else None
-    bias = torch.zeros(3)
-    whole, _ = gated_attention(q, k, v, bias, gate, False, gate_q=gate_q, gate_k=gate_k)
-    rows, _ = gated_attention(q[:, :, 3:], k, v, bias, gate, False, gate_q=last_gate_q, gate_k=gate_k)
+    whole, _ = gated_attention(q, k, v, torch.zeros(3), gate, False)
+    rows, _ = gated_attention(q[:, :, 3:], k, v, torch.zeros(3), gate, False)
     assert torch.allclose(rows, whole[:, :, 3:], atol=1e-6)
 
 
-@BOTH
-@pytest.mark.parametrize("training", [True, False])
-def test_gates_that_see_the_query_and_key_are_gates_that_see_the_score(gate, training):
-    q, k, v = qkv()
-    u, bias = torch.rand(2, 3, 5, 5), torch.tensor([0.5, -0.5, 0.0])
-    y, stats = gated_attention(q, k, v, bias, gate, training, u)
-    same_y, same_stats = gated_attention(q, k, v, bias, gate, training, u, gate_q=q, gate_k=k)
-    assert torch.equal(y, same_y) and all(map(torch.equal, stats, same_stats))
-    other_y, _ = gated_attention(q, k, v, bias, gate, training, u, gate_q=-q, gate_k=k)
-    assert not torch.allclose(y, other_y)
-
-
 def away_from_kinks(u, log_alpha, gate):
-    """Whether a finite difference of the gate is trustworthy: no sample within 1e-3 of where the clamp bends."""
+    """Whether a finite difference of the gate is trustworthy: no sample within 1e-3 of where the clamp
+    bends."""
     s = torch.sigmoid((torch.logit(u) + log_alpha) / gate.beta)
     x = s * (gate.zeta - gate.gamma) + gate.gamma
     return (x.abs() > 1e-3).all() and ((x - 1).abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("own_input", [False, True])
-def test_hard_concrete_gradients_are_those_of_finite_differences(training, own_input):
+def test_hard_concrete_gradients_are_those_of_finite_differences(training):
     gate = HardConcrete()
     q, k, v = qkv(1, 2, 4, 3, torch.float64)
-    gate_q, gate_k, _ = qkv(1, 2, 4, 3, torch.float64)
     bias = torch.tensor([0.3, -0.5], dtype=torch.float64)
     u = torch.rand(1, 2, 4, 4, dtype=torch.float64)
-    scores = (gate_q @ gate_k.transpose(-2, -1) if own_input else q @ k.transpose(-2, -1)) / math.sqrt(3)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(3)
     assert away_from_kinks(u, scores + bias[:, None, None], gate), "choose another seed: a gate sits on its kink"
 
-    def scalar(q, k, v, bias, gate_q=None, gate_k=None):
-        y, stats = gated_attention(q, k, v, bias, gate, training, u, gate_q, gate_k)
+    def scalar(q, k, v, bias):
+        y, stats = gated_attention(q, k, v, bias, gate, training, u)
         return (y * weights).sum() + stats.penalty.sum()
 
     weights = torch.randn(1, 2, 4, 3, dtype=torch.float64)
-    inputs = [t.requires_grad_() for t in (q, k, v, bias) + ((gate_q, gate_k) if own_input else ())]
+    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
     assert torch.autograd.gradcheck(scalar, inputs, eps=1e-6, atol=1e-6)
 
 
 def test_bernoulli_gradient_is_that_of_its_surrogate():
-    """The stated surrogate: forward 1[x > 0], backward as if z were sigmoid(x). So d/dz of the rest is taken at the hard
-    gates, and dz/dx is sigmoid'(x)."""
+    """The stated surrogate: forward 1[x > 0], backward as if z were sigmoid(x). So d/dz of the rest is taken
+    at the hard gates, and dz/dx is sigmoid'(x)."""
     q, k, v = qkv(1, 2, 4, 3, torch.float64)
     bias = torch.tensor([0.3, -0.5], dtype=torch.float64)
     u = torch.rand(1, 2, 4, 4, dtype=torch.float64)
@@ -220,7 +204,3 @@ def test_half_precision_scores_are_gated_in_float32(gate):
     q, k, v = (t.bfloat16() for t in qkv())
     y, stats = gated_attention(q, k, v, torch.zeros(3), gate, True)
     assert y.dtype == torch.bfloat16 and stats.penalty.dtype == torch.float32
-
-
-def test_registered_names():
-    assert {"hard_concrete", "bernoulli"} <= set(GATES)

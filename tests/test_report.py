@@ -6,7 +6,7 @@ import torch
 from data import dataset
 from data.dataset import Dataset
 from model import GPT, GPTConfig
-from report import evaluate, table
+from support.report import evaluate, table
 
 
 def test_figures_of_a_part_of_a_split_say_so(data_dir, monkeypatch):

@@ -6,7 +6,8 @@ import torch
 import sample
 from data.prepare import prepare_text
 from data.tokenizer import CharTokenizer
-from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
+from model import GPT, GPTConfig
+from support.checkpoints import save_model
 
 CHARACTERS = "\n abcdefghij"
 
@@ -19,12 +20,12 @@ def models(tmp_path, data_dir):
     torch.manual_seed(0)
     shape = dict(block_size=8, vocab_size=12, n_layer=2, n_head=2, n_embd=16)
     for name, gate in (("dense", "none"), ("sparse", "hard_concrete")):
-        model = GPT(GPTConfig(**shape, gate=gate, gate_input="score", gate_bias=0.0))
-        save_checkpoint(checkpoint_of(model, read_meta(data_dir / "sums"), {}), tmp_path / f"{name}.pt")
+        model = GPT(GPTConfig(**shape, gate=gate, gate_bias=0.0))
+        save_model(model, tmp_path / f"{name}.pt", read_meta(data_dir / "sums"), {})
     deep = GPT(GPTConfig(**{**shape, "n_layer": 3}))
-    save_checkpoint(checkpoint_of(deep, read_meta(data_dir / "sums"), {}), tmp_path / "deep.pt")
+    save_model(deep, tmp_path / "deep.pt", read_meta(data_dir / "sums"), {})
     model = GPT(GPTConfig(**{**shape, "vocab_size": len(CHARACTERS)}))
-    save_checkpoint(checkpoint_of(model, CharTokenizer(CHARACTERS).meta(), {}), tmp_path / "text.pt")
+    save_model(model, tmp_path / "text.pt", CharTokenizer(CHARACTERS).meta(), {})
     return tmp_path
 
 
@@ -57,17 +58,17 @@ def test_eval_only_prints_the_figures(program, models, data_dir):
 
 BAD = [
     (["{}/sparse.pt", "--prompt=4+x="], "the model does not know 'x': use only the characters '+0123456789='"),
-    (["{}/sparse.pt", "--prompt=4+5=0"], "the prompt '4+5=0' has 5 characters: this task's prompts have 4"),
-    (["{}/text.pt", "--prompt=abcabcabc"], "the prompt has 9 tokens, and the model sees 8 at once: shorten it"),
-    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "there is no folder"),
+    (["{}/sparse.pt", "--prompt=4+5=0"], "--prompt '4+5=0' has 5 characters, this task's prompts have 4"),
+    (["{}/sparse.pt"], "--prompt '' has 0 characters, this task's prompts have 4: give a whole prompt"),
+    (["{}/text.pt", "--prompt=abcabcabc"], "--prompt has 9 tokens, the model sees 8 at once: shorten it"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "no such folder, or no ending"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a"], "that ends in .png, .svg or .pdf"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a.doc"], "that ends in .png, .svg or .pdf"),
     (["{}/missing.pt"], "there is no checkpoint"),
     (["{}/sparse.pt", "--eval_only"], "--eval_only needs to know on what: add --dataset=NAME"),
     (["{}/sparse.pt", "--eval_only", "--dataset=none"], "run `python data/prepare.py text PATH --name=none`"),
     (["{}/sparse.pt", "--temperature=-1"], "--temperature is -1.0: give at least 0"),
-    (["{}/sparse.pt"], "--prompt is missing: this task's prompts have 4 characters"),
-    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a"], "its name has no ending"),
-    (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/text.pt"], "were trained on different tokens"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/text.pt"], "know different tokens: compare models of one"),
     (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/deep.pt"], "deep.pt has n_layer 3"),
     ([], "give one checkpoint, such as out/addition/sparse.pt: 0 were given"),
 ]
@@ -83,4 +84,4 @@ def test_a_checkpoint_that_does_not_fit_the_dataset(program, models):
     (models / "t").write_text("xyz" * 50)
     prepare_text([models / "t"], models / "xyz", "char", 0.1)
     code, _, err = program(sample.main, models / "sparse.pt", "--eval_only", "--dataset=xyz", f"--data_dir={models}")
-    assert code == 2 and "sparse.pt was trained on other tokens (char, 12 of them) than xyz has (char, 3)" in err
+    assert code == 2 and "sparse.pt knows other tokens (char, vocabulary 12) than xyz has (char, vocabulary 3)" in err

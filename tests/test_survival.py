@@ -1,4 +1,5 @@
-"""A training process that is killed again and again, at any moment, ends where one that was left alone does."""
+"""A training process that is killed again and again, at any moment, ends where one that was left alone
+does."""
 
 import os
 import random
@@ -10,7 +11,7 @@ import time
 import pytest
 import torch
 
-from model import load_checkpoint
+from support.checkpoints import load_checkpoint
 from tests.conftest import ROOT
 
 FIELDS = dict(
@@ -23,7 +24,7 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_ten_kills_and_resumes_give_the_weights_of_an_undisturbed_run(data_dir, tmp_path):
     def start(folder, *words):
         fields = [f"--{name}={value}" for name, value in {**FIELDS, "data_dir": data_dir, "out_dir": tmp_path / folder}.items()]

@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 
-from config import UserError
 from data.dataset import Dataset
 from data.prepare import prepare_examples, prepare_text
-from data.tasks import NAMES, Task, from_dataset, from_file, from_template, induction, make
+from data.tasks import NAMES, Task, from_dataset, from_file, from_template, find, induction
 from data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from model import GPTConfig
+from support.command_line import UserError
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_running_texts_task_is_the_next_token(tmp_path):
     (tmp_path / "text.txt").write_text(text)
     prepare_text([tmp_path / "text.txt"], tmp_path / "letters", "char", 0.1)
     data = Dataset("letters", 40, tmp_path)
-    task = make("letters", GPTConfig(block_size=40, vocab_size=4), data.meta, 20, seed=0, data_dir=tmp_path)
+    task = find("letters", "", GPTConfig(block_size=40, vocab_size=4), data.meta, 20, 0, tmp_path)
     assert task.clean.shape == (20, 32) and task.positions.tolist() == [[31]] * 20 and (task.answers != task.wrong).all()
     read = lambda *tokens: "".join(data.meta["characters"][t] for t in torch.cat(tokens).tolist())
     starts = []
@@ -62,7 +62,8 @@ def test_running_texts_task_is_the_next_token(tmp_path):
         assert read(corrupted, wrong) in text[-900:], "the validation split"
         starts.append(text[-900:].index(read(clean, answer)))
     assert len(set(starts)) == 20 and all(start % 33 == 0 for start in starts), "no two overlap"
-    assert make("letters", GPTConfig(block_size=8, vocab_size=4), data.meta, 5, 0, tmp_path).clean.shape == (5, 8)
+    config = GPTConfig(block_size=8, vocab_size=4)
+    assert find("letters", "", config, data.meta, 5, 0, tmp_path).clean.shape == (5, 8)
 
 
 def test_halves_share_no_example():
@@ -105,7 +106,7 @@ def test_templates_come_from_their_seed_in_any_number(gpt2):
 
 
 def test_templates_need_single_tokens():
-    with pytest.raises(UserError, match="ioi: this tokenizer has no single tokens for the answers"):
+    with pytest.raises(UserError, match="ioi: its answers are no single tokens here"):
         from_template("ioi", ByteTokenizer(), 1, seed=0)
 
 
@@ -153,7 +154,7 @@ BAD = [
     ([{"clean": "a", "corrupted": "b", "answer": 3}], "line 1"),
     (["7"], "line 1"),
     ([LINES[1]], "line 1 has no wrong_answer, and no line another answer: add one"),
-    ([], "own.jsonl is empty"),
+    ([], "line 1"),
 ]
 
 
@@ -166,6 +167,11 @@ def test_a_bad_file_is_one_sentence(tmp_path, lines, sentence):
 
 def test_a_task_that_does_not_exist_or_is_none(tmp_path):
     with pytest.raises(UserError, match="there is no task 'adition': choose one of induction, ioi, greater_than, pronoun"):
-        make("adition", GPTConfig(), {}, 0, 0, tmp_path)
+        find("adition", "", GPTConfig(), {}, 0, 0, tmp_path)
     with pytest.raises(UserError, match="run `python data/prepare.py addition`"):
-        make("addition", GPTConfig(), {}, 0, 0, tmp_path)
+        find("addition", "", GPTConfig(), {}, 0, 0, tmp_path)
+    own = write(tmp_path / "own.jsonl", LINES)
+    with pytest.raises(UserError, match="--positions needs prompts of one length, and those of mine differ"):
+        find("mine", own, GPTConfig(), {"tokenizer": "byte"}, 0, 0, aligned=True)
+    with pytest.raises(UserError, match="mine has prompts of 3 tokens, and the model sees 2 at once: give another"):
+        find("mine", own, GPTConfig(block_size=2), {"tokenizer": "byte"}, 0, 0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.patches import Arc, FancyArrowPatch
 
-import plots
-from report import table
+from support import pictures
+from support.report import table
 
 LABELS = list("ab c")
 
@@ -21,7 +21,7 @@ def record():
 
 def test_attention_colours_open_edges_only(record):
     dense = np.tril(np.full((2, 2, 4, 4), 0.25)), np.tril(np.ones((2, 2, 4, 4), dtype=bool))
-    figure = plots.attention_figure(LABELS, {"dense": dense, "sparse": record})
+    figure = pictures.attention_figure(LABELS, {"dense": dense, "sparse": record})
     above, below = figure.subfigs
     assert above.get_suptitle() == "dense: 100.0% of the edges are open"
     assert below.get_suptitle() == "sparse: 5.0% of the edges are open"
@@ -34,7 +34,7 @@ def test_attention_colours_open_edges_only(record):
 
 
 def test_arcs_are_the_open_edges(record):
-    figure = plots.arcs_figure(LABELS, *record)
+    figure = pictures.arcs_figure(LABELS, *record)
     layer_1, layer_0 = figure.axes  # the last layer is on top
     arcs = [patch for patch in layer_0.patches if isinstance(patch, Arc)]
     assert len(arcs) == 2 and not layer_1.patches
@@ -48,7 +48,7 @@ def test_training_curves_are_the_logs():
         lines.append({"phase": "sparse", "step": step, "loss": 1 / step, "bound": 0.07, "multiplier": step,
                       "expected_edges": 0.2, "hard_edges": 0.1})  # fmt: skip
     lines.append({"phase": "sparse", "step": 20, "val_loss": 0.06, "val_edges_hard": 0.1})
-    top, middle, bottom = plots.training_figure(lines).axes
+    top, middle, bottom = pictures.training_figure(lines).axes
     assert [line.get_ydata().tolist() for line in top.lines] == [[0.1, 0.05], [0.07, 0.07], [0.06]]
     assert middle.lines[0].get_xdata().tolist() == [10, 20] and bottom.lines[1].get_ydata().tolist() == [0.1, 0.1]
 
@@ -66,22 +66,11 @@ def test_the_table_has_a_column_per_model_and_a_row_per_layer():
     assert [line.split()[-1] for line in missed.splitlines() if "OVER IT BY" in line] == ["0.1000"]
 
 
-def test_comparison_marks_what_ended_over_its_bound():
-    curves = {"task": {"a": ([1, 2], [50.0, 2.0])}, "text": {"b": ([1, 2], [40.0, 1.0])}}
-    finals = {"task": {"a": [(2.0, True), (2.5, False)]}, "text": {"b": [(1.0, True)]}}
-    figure = plots.comparison_figure(curves, finals)
-    points = [line for axis in figure.axes[2:] for line in axis.lines]
-    assert [float(line.get_xdata()[0]) for line in points] == [2.0, 2.5, 1.0]
-    assert [line.get_markerfacecolor() == "none" for line in points] == [False, True, False]
-    lines = {line.get_label(): line.get_color() for axis in figure.axes[:2] for line in axis.lines}
-    assert lines["a"] != lines["b"]  # one colour per variant
-
-
 EDGES = {("embed", "a0.h1.v"), ("embed", "a0.h1.q"), ("a0.h1", "m1"), ("m1", "logits")}
 
 
 def test_circuits_have_an_arrow_per_edge_and_a_full_dot_per_node():
-    figure = plots.circuits_figure({"dense": EDGES | {("m0", "logits")}, "sparse": EDGES}, n_layer=2, n_head=2)
+    figure = pictures.circuits_figure({"dense": EDGES | {("m0", "logits")}, "sparse": EDGES}, n_layer=2, n_head=2)
     dense, sparse = figure.axes
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["dense: 5 edges", "sparse: 4 edges"]
     arrows = [patch for patch in sparse.patches if isinstance(patch, FancyArrowPatch)]
@@ -94,24 +83,23 @@ def test_circuits_have_an_arrow_per_edge_and_a_full_dot_per_node():
 
 def test_the_curve_has_a_line_per_model_and_way():
     curves = {
-        "dense": {"a": [(30, 1.0, 1e-3), (20, 0.5, 3e-2)], "b": [(30, 0.1, 1e-3)]},
-        "sparse": {"a": [(9, 0.9, 1e-3)], "b": [(9, 0.2, 1e-3)]},
+        "dense": {"a": [(30, 1.0), (20, 0.5)], "b": [(30, 0.1)]},
+        "sparse": {"a": [(9, 0.9)], "b": [(9, 0.2)]},
     }
-    (axis,) = plots.curve_figure(curves).axes
+    (axis,) = pictures.curve_figure(curves).axes
     lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
     assert set(lines) == {"dense, a", "dense, b", "sparse, a", "sparse, b"}
     assert lines["dense, a"].get_xydata().tolist() == [[20, 0.5], [30, 1.0]], "in order of the edges"
     assert lines["dense, a"].get_color() == lines["dense, b"].get_color() != lines["sparse, a"].get_color()
-    assert [text.get_text() for text in axis.texts] == ["0.03", "0.001", "0.001"], "the bounds of the first way's points"
 
 
 def test_a_circuit_over_tokens_has_a_line_per_edge_and_per_token_read(record):
     weight, _ = record
     edges = {("embed", "a0.h1.v", 0), ("a0.h1", "m0", 2), ("m0", "logits", 3)}
-    (axis,) = plots.positions_figure(LABELS, {"sparse": (edges, weight)}, n_layer=2).axes
+    (axis,) = pictures.positions_figure(LABELS, {"sparse": (edges, weight)}, n_layer=2).axes
     assert axis.get_title(loc="left") == "sparse: 3 edges, heads read 2 times"
     assert [label.get_text() for label in axis.get_xticklabels()] == ["a", "b", "␣", "c"]
-    reads = [line for line in axis.lines if line.get_color() == plots.HEAD_COLOURS[1]]
+    reads = [line for line in axis.lines if line.get_color() == pictures.HEADS[1]]
     ends = sorted([round(float(x)) for x in line.get_xdata()] for line in reads)
     assert ends == [[0, 2], [3, 3]]  # from the key to the query
     assert reads[0].get_linewidth() != reads[1].get_linewidth()

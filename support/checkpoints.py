@@ -1,0 +1,104 @@
+"""
+Trained models on disk: this project's checkpoints, and a way to the weights of every kind that
+from_pretrained takes.
+
+A checkpoint holds tensors and plain values only, and is loaded without running code (weights_only=True).
+"""
+
+import dataclasses
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from support import gpt2_weights
+from support.command_line import UserError
+from support.files import replacing
+
+MODEL, RUN = "nanosparse model", "nanosparse run"  # the formats: a finished model; last.pt, to resume from
+
+
+class Pretrained(NamedTuple):
+    """A trained model on disk: what is known of it, and its weights."""
+
+    name: str
+    model_config: dict  # fields of GPTConfig
+    tokenizer: dict  # as in a dataset's meta.json
+    trained_on: dict  # what save_model was given
+    tensors: Callable  # () -> (name, tensor) one after the other
+
+
+def open_pretrained(source):
+    """The Pretrained of what GPT.from_pretrained accepts. Raises UserError."""
+    if isinstance(source, Pretrained):
+        return source
+    if str(source) in gpt2_weights.MODELS and not Path(source).exists():
+        folder = gpt2_weights.download(str(source))
+    elif Path(source).is_dir():
+        folder = Path(source)
+    else:
+        saved = load_checkpoint(source)
+        known = (saved["model_config"], saved["tokenizer"], saved["trained_on"])
+        return Pretrained(str(source), *known, lambda: saved["model"].items())
+    config = gpt2_weights.read_config(folder)
+    kind = "gpt2" if config["vocab_size"] == 50257 else "unknown"
+    tokenizer = {"tokenizer": kind, "vocab_size": config["vocab_size"]}
+    return Pretrained(str(source), config, tokenizer, {}, lambda: gpt2_weights.read_tensors(folder))
+
+
+@torch.no_grad()
+def fill(model, pretrained):
+    """Copy a Pretrained's tensors into a model, whose gates it may lack. Returns {name: parameter} of these.
+    Raises UserError for a tensor that is missing, that has no place (gates may be left out) or another
+    shape."""
+    waiting = dict(model.named_parameters())
+    for name, tensor in pretrained.tensors():
+        if name not in waiting:
+            if name.endswith("gate_bias") and model.config.gate == "none":
+                continue
+            raise UserError(f"{pretrained.name} holds another model: there is no place for its tensor {name}")
+        p = waiting.pop(name)
+        if tensor.shape != p.shape:
+            sizes = f"of shape {tuple(tensor.shape)}, the model needs {tuple(p.shape)}"
+            raise UserError(f"{pretrained.name} has a tensor {name} {sizes}: give another")
+        p.copy_(tensor)
+    gates_too = pretrained.model_config["gate"] != "none"
+    missing = [name for name in waiting if gates_too or not name.endswith("gate_bias")]
+    if missing:
+        raise UserError(f"{pretrained.name} is incomplete: its tensor {missing[0]} is missing")
+    return waiting
+
+
+def save_model(model, path, tokenizer, trained_on):
+    """Write a finished model. tokenizer: the dataset's meta.json; trained_on: plain values that identify the
+    run."""
+    saved = {"model_config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    save_checkpoint({"format": MODEL, **saved, "tokenizer": tokenizer, "trained_on": trained_on}, path)
+
+
+def save_checkpoint(content, path):
+    """Write a dict of tensors and plain values with a `format`. Raises UserError if it cannot be written."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path, format=MODEL):
+    """A dict that save_checkpoint wrote, on the CPU. Raises UserError if it is missing, damaged or of
+    another format."""
+    path = Path(path)
+    if not path.is_file():
+        names = ", ".join(gpt2_weights.MODELS)
+        raise UserError(f"there is no checkpoint {path}: train it with train.py, or give one of {names}")
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the checksums that torch.save writes
+                raise ValueError("a checksum does not fit")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a dozen types for a damaged file
+        kind = type(error).__name__
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint ({kind}): restore or delete it")
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise UserError(f"{path} is no {format}: give a file that train.py wrote, such as sparse.pt")
+    return content

@@ -1,0 +1,67 @@
+"""Files that are whole or not there: saving, downloading."""
+
+import hashlib
+import json
+import os
+import urllib.request
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from support.command_line import UserError
+
+
+@contextmanager
+def replacing(path):
+    """Gives a temporary path beside `path`, and moves what was written there to `path` at the end: whoever
+    interrupts it, path holds the old file or the new one. Raises UserError if it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two programs never share it
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path} ({reason}): free some space, or choose another folder")
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(content, path):
+    """Write plain values as JSON. Raises UserError if path cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def make_folder(path):
+    """Make a folder to write to, if it is not there, and return its Path. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): choose another folder")
+    return Path(path)
+
+
+def download(url, path, sha256=None):
+    """Fetch a file with a progress bar; path holds it only when it is whole, and has this SHA-256 if one is
+    given. Raises UserError."""
+    with replacing(path) as temporary:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as file:
+                size = int(response.headers.get("Content-Length", 0))
+                with tqdm(total=size or None, unit="B", unit_scale=True, leave=False) as bar:
+                    while data := response.read(1 << 20):
+                        file.write(data)
+                        bar.update(len(data))
+                if file.tell() < size:
+                    raise OSError("the connection ended early")
+            if sha256 and hashlib.sha256(temporary.read_bytes()).hexdigest() != sha256:
+                raise OSError("it is not the file it was")
+        except OSError as error:
+            reason = getattr(error, "reason", None) or error
+            raise UserError(f"cannot download {url} ({reason}): try again, or give the path of a copy")

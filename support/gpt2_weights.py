@@ -1,0 +1,145 @@
+"""
+GPT-2's weights, in and out: the layout in which Hugging Face's transformers keeps them.
+
+A folder with config.json and model.safetensors (or several files of these with an index, or
+pytorch_model.bin). Names are GPT-2's, as they are here, some with the prefix `transformer.`; the matrices of
+the four linear layers of a block are stored (in, out), transposed. Tensors are read one at a time: a model
+is in memory once while it loads.
+"""
+
+import json
+import re
+import shutil
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from support.command_line import UserError
+from support.files import download as fetch
+from support.files import make_folder, replacing, write_json
+
+MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB = "https://huggingface.co/openai-community"
+SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")  # causal masks, saved by old versions
+# What config.json must say, where it says it, for the model to be the one that model.py computes.
+EXPECTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size"}  # theirs: ours
+SIZES |= {name: name for name in ("n_layer", "n_head", "n_embd")}
+
+
+def download(name, hub=HUB):
+    """Fetch one of MODELS into PyTorch's cache, unless it is there. Returns the folder. Raises UserError."""
+    folder = Path(torch.hub.get_dir()) / "nanosparse" / name
+    for file in ("config.json", SAFETENSORS):
+        if not (folder / file).is_file():
+            fetch(f"{hub}/{name}/resolve/main/{file}", folder / file)
+    return folder
+
+
+def read_config(folder):
+    """The fields of GPTConfig that config.json gives, as a dict. Raises UserError if it is not GPT-2's."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give a folder with config.json and {SAFETENSORS} or {BIN}")
+    with damage_named(path):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        fields = {ours: int(stored[theirs]) for theirs, ours in SIZES.items()}
+        gates = dict(stored.get("nanosparse", {}))
+    for key, values in EXPECTED.items():
+        if stored.get(key, values[0]) not in values:
+            raise UserError(f"{path} has {key} {stored[key]!r}, GPT-2 has {values[0]!r}: give a GPT-2 model")
+    if stored.get("n_inner") not in (None, 4 * fields["n_embd"]):
+        raise UserError(f"{path} has n_inner {stored['n_inner']}, GPT-2 has 4 * n_embd: give a GPT-2 model")
+    return {**fields, "bias": True, "gate": "none", **gates}
+
+
+def read_tensors(folder):
+    """(name, tensor) of every parameter, one after the other, named and turned as model.py has them. Raises
+    UserError for missing or damaged files, and for a read-out that is not tied to the embedding."""
+    tied = {}
+    for name, tensor in stored_tensors(Path(folder)):
+        name = name.removeprefix("transformer.")
+        if name in ("wte.weight", "lm_head.weight"):
+            tied[name] = tensor
+        if name != "lm_head.weight" and not MASKS.match(name):
+            yield name, tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    if len(tied) == 2 and not torch.equal(*tied.values()):
+        raise UserError(f"{folder} has a lm_head.weight of its own: give a model with tied weights")
+
+
+def stored_tensors(folder):
+    """(name, tensor) as they are stored, from whichever files there are."""
+    names = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} has no weights: give a folder with {SAFETENSORS} or {BIN}")
+    files = [found]
+    if found.suffix == ".json":
+        with damage_named(found):
+            parts = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / Path(name).name for name in dict.fromkeys(parts)]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path} is missing, and {found.name} names it: restore it")
+        with damage_named(path):
+            if path.suffix == ".bin":  # files of PyTorch before 1.6 are no zip files, and are read whole
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                yield from state.items()
+                continue
+            with safetensors.safe_open(path, "pt") as file:
+                names = list(file.keys())
+        for name in names:
+            # opened anew, which frees the pages of the last tensor
+            with damage_named(path), safetensors.safe_open(path, "pt") as file:
+                tensor = file.get_tensor(name)
+            yield name, tensor
+
+
+@contextmanager
+def damage_named(path):
+    """Within it, any exception means that the file cannot be read: the libraries raise a dozen types."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}): get it again")
+
+
+def write_folder(folder, config, named_tensors):
+    """Write config.json and model.safetensors. config: GPTConfig's fields as a dict; named_tensors: (name,
+    tensor) as in model.py. Biases that the model does without are written as zeros. Raises UserError."""
+    folder, tensors = make_folder(folder), {}
+    for name, tensor in named_tensors:
+        tensor = tensor.detach().cpu()
+        tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
+    for name, tensor in list(tensors.items()):
+        if name.endswith(".weight") and name[:3] not in ("wte", "wpe"):
+            size = tensor.shape[-1]  # as stored, the last dimension is the output
+            tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(size))
+    stored = {
+        "architectures": ["GPT2LMHeadModel"],
+        **{key: values[0] for key, values in EXPECTED.items()},
+        **{theirs: config[ours] for theirs, ours in SIZES.items()},
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config["dropout"]),
+    }
+    if config["gate"] != "none":
+        stored["nanosparse"] = {key: value for key, value in config.items() if key.startswith("gate")}
+    with replacing(folder / SAFETENSORS) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(stored, folder / "config.json")
+    shutil.copymode(folder / "config.json", folder / SAFETENSORS)  # safetensors hides its file from others

@@ -1,0 +1,247 @@
+"""
+A run that can be stopped at any step and goes on, bit for bit: what its folder holds.
+
+log.jsonl has a line per logged step. last.pt has everything that going on needs: configuration, phase and
+step, weights, optimiser, multiplier, random states, and the length of the log.
+"""
+
+import dataclasses
+import hashlib
+import json
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import tokenizer_of
+from support import pictures, ranks
+from support.checkpoints import RUN, load_checkpoint, save_checkpoint
+from support.command_line import UserError
+from support.report import evaluate, progress_line, result_line
+
+ROOT = Path(__file__).parent.parent
+PHASES = ("dense", "sparse", "control")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run, and it was saved."""
+
+
+def resumed(config):
+    """(the configuration that the interrupted run in config.out_dir began with, the contents of its
+    last.pt). Raises UserError if there is none."""
+    path = Path(config.out_dir) / "last.pt"
+    if not path.is_file():
+        raise UserError(f"there is nothing to resume: {path} does not exist; start without --resume")
+    if (path.parent / "summary.json").is_file():
+        raise UserError(f"there is nothing to resume: the run in {path.parent} is finished")
+    saved = load_checkpoint(path, RUN)
+    if len(saved["noise"]) != ranks.world_size():
+        wrong = f"{path} is of {len(saved['noise'])} processes, here are {ranks.world_size()}"
+        raise UserError(f"{wrong}: give torchrun the same --nproc_per_node")
+    return dataclasses.replace(config, **saved["config"] | {"resume": True, "out_dir": config.out_dir}), saved
+
+
+def check_folder(config):
+    """Raise UserError if config.out_dir holds a run with other settings, or one that was interrupted."""
+    last, summary = (Path(config.out_dir) / name for name in ("last.pt", "summary.json"))
+    if summary.is_file():
+        stored = json.loads(summary.read_text(encoding="utf-8"))["config"]
+    elif last.is_file():
+        stored = load_checkpoint(last, RUN)["config"]
+    else:
+        return
+    changed = [
+        f"{name} was {stored.get(name)}, now {value}"
+        for name, value in dataclasses.asdict(config).items()
+        if stored.get(name) != value and name not in ("resume", "out_dir")
+    ]
+    if changed:
+        which = "; ".join(changed)
+        raise UserError(f"{config.out_dir} holds a run with other settings ({which}): give another --out_dir")
+    if not summary.is_file():
+        raise UserError(f"{config.out_dir} holds an interrupted run: --resume it, or give another --out_dir")
+
+
+class Run:
+    """The folder of a run, and what its phases share. saved: the contents of last.pt when resuming, else
+    None; stop: a list that is not empty once the user wants to stop (signals_noted)."""
+
+    def __init__(self, config, data, device, folder, saved, stop):
+        self.config, self.data, self.device, self.folder = config, data, device, folder
+        self.saved, self.stop, self.log_path = saved, stop, folder / "log.jsonl"
+        if ranks.is_first():
+            (folder / "summary.json").unlink(missing_ok=True)  # of the run before
+            with self.writing(), open(self.log_path, "ab") as file:
+                file.truncate(min(saved["log_length"], file.tell()) if saved else 0)
+
+    @property
+    def tokens_per_step(self):
+        config = self.config
+        return config.batch_size * config.gradient_accumulation_steps * self.data.sequence_tokens
+
+    def autocast(self):
+        on = self.config.dtype == "bfloat16"
+        return torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=on)
+
+    def batches(self, generator, n):
+        """n random training batches (x, y), shared out: all ranks together see what one alone would see."""
+        drawn = [self.data.draw("train", self.config.batch_size, generator) for _ in range(n)]
+        return [self.data.cut("train", starts) for starts in drawn[ranks.rank() :: ranks.world_size()]]
+
+    def is_past(self, phase):
+        """Whether the run was interrupted in a later phase than this."""
+        return self.saved is not None and PHASES.index(phase) < PHASES.index(self.saved["phase"])
+
+    def begin(self, phase, steps, model, optimizer, generator, bound):
+        """Start a phase, or take up the one in which the run was interrupted. Returns the steps that are
+        done."""
+        self.phase, self.steps, self.step, self.recent = phase, steps, 0, []
+        self.model, self.bound, self.log_loss = model, bound, None
+        self.parts = {"model": model, "optimizer": optimizer, "generator": generator, "bound": bound}
+        self.started = time.time()
+        if self.saved is None:
+            self.validate()
+            self.save()
+        else:
+            self.restore()
+            print(f"{phase}: resumed after step {self.step} of {steps}")
+        return self.step
+
+    def after_step(self, step, loss, stats, learning_rate, stop):
+        """Log, evaluate and save where it is time to. Raises Interrupted, with everything saved, to stop."""
+        config, self.step = self.config, step
+        self.recent.append(loss)
+        if step % config.log_interval == 0 or step == self.steps:
+            seconds, self.log_loss = time.time() - self.started, sum(self.recent) / len(self.recent)
+            line = {"phase": self.phase, "step": step, "loss": self.log_loss}
+            if self.bound is not None:
+                ranks.check_same("the multiplier", self.bound.multiplier)
+                line |= {"bound": self.bound.bound, "multiplier": self.bound.multiplier}
+                line |= {key: getattr(stats, key).mean().item() for key in ("expected_edges", "hard_edges")}
+            speed = step * self.tokens_per_step / seconds
+            line |= {"learning_rate": learning_rate, "tokens_per_second": speed}
+            self.log(line)
+            print(progress_line(line, self.steps, seconds), flush=True)
+            self.recent.clear()
+        if step % config.eval_interval == 0 or step == self.steps:
+            self.validate()
+        if step % config.eval_interval == 0 or stop:
+            self.save()
+        if stop:
+            raise Interrupted(f"{self.phase} after step {step} of {self.steps}, and saved: --resume goes on")
+
+    def end(self):
+        """How the phase trained its model, plain values. training_loss: the mean since the log's last
+        line."""
+        seconds = time.time() - self.started
+        trained = {"steps": self.steps, "seconds": seconds}
+        trained |= {"tokens_per_second": self.steps * self.tokens_per_step / seconds}
+        if self.bound is not None:
+            trained |= {"training_bound": self.bound.bound, "training_loss": self.log_loss}
+        return trained
+
+    def validate(self):
+        """Evaluate on eval_iters validation batches; log and print the result."""
+        if ranks.is_first():
+            result = evaluate(self.model, self.data, self.config.batch_size, self.config.eval_iters)
+            keys = [key for key in ("loss", "edges_hard", "accuracy") if key in result]
+            self.log({"phase": self.phase, "step": self.step, **{f"val_{key}": result[key] for key in keys}})
+            print(result_line(f"{self.phase:7} {self.step:>6}  validation:", result), flush=True)
+
+    def log(self, line):
+        """Append a dict to log.jsonl."""
+        if ranks.is_first():
+            with self.writing(), open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @contextmanager
+    def writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_path} ({error.strerror}): make room, then --resume")
+
+    def save(self):
+        """Write last.pt. All ranks call it, the first one writes."""
+        noise = ranks.gathered(torch.get_rng_state())
+        noise_cuda = ranks.gathered(torch.cuda.get_rng_state()) if self.device.startswith("cuda") else []
+        if ranks.is_first():
+            content = {"config": dataclasses.asdict(self.config), "phase": self.phase, "step": self.step}
+            content |= {"recent": self.recent, "log_loss": self.log_loss, "noise": noise, "noise_cuda": noise_cuda}
+            content |= {"seconds": time.time() - self.started, "log_length": self.log_path.stat().st_size}
+            content |= {"parts": {name: state_of(part) for name, part in self.parts.items()}}
+            save_checkpoint({"format": RUN, **content}, self.folder / "last.pt")
+
+    def restore(self):
+        """What save wrote, back in its places."""
+        saved, self.saved = self.saved, None
+        self.step, self.recent, self.log_loss = saved["step"], saved["recent"], saved["log_loss"]
+        self.started = time.time() - saved["seconds"]
+        for name, part in self.parts.items():
+            if isinstance(part, torch.Generator):
+                part.set_state(saved["parts"][name])
+            elif part is not None:
+                part.load_state_dict(saved["parts"][name])
+        torch.set_rng_state(saved["noise"][ranks.rank()])
+        if self.device.startswith("cuda"):
+            torch.cuda.set_rng_state(saved["noise_cuda"][ranks.rank()])
+
+    def draw(self, dense, sparse):
+        """attention.png, arcs.png and training.png, of plot_text or the beginning of the validation split.
+        Returns their paths."""
+        tokenizer, config = tokenizer_of(self.data.meta), self.config
+        idx = next(self.data.sequential("val", 1))[0][:, :24]
+        if config.plot_text:
+            try:
+                tokens = tokenizer.encode(config.plot_text)[: config.block_size]
+                idx = torch.from_numpy(tokens.astype("int64"))[None].to(self.device)
+            except UserError as error:
+                print(f"note: --plot_text {config.plot_text!r} is not drawn: {error}")
+        labels = [tokenizer.decode([token]) for token in idx[0].tolist()]
+        records = {"dense": dense.attention(idx).numpy(), "sparse": sparse.attention(idx).numpy()}
+        figures = {"attention.png": pictures.attention_figure(labels, records)}
+        figures["arcs.png"] = pictures.arcs_figure(labels, *records["sparse"])
+        figures["training.png"] = pictures.training_figure(read_log(self.log_path))
+        return [pictures.save(figure, self.folder / name) for name, figure in figures.items()]
+
+
+def state_of(part):
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return part and part.state_dict()
+
+
+def code_of(*files):
+    """A hash of some of the project's source files."""
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()[:12]
+
+
+def read_log(path):
+    """The lines of log.jsonl as dicts."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def signals_noted():
+    """Within it, the first Ctrl-C or SIGTERM only puts its number into the list that this yields; a second
+    one is real."""
+    stop, old = [], {}
+
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, old[number])
+        print("\nstopping after this step; once more stops at once", flush=True)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals go elsewhere
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
