@@ -5,36 +5,38 @@
 # make clean     remove the demo's results (not .venv, not other runs)
 
 PYTHON ?= python3
-# a run that began and has no summary was interrupted: go on with it
-INTERRUPTED = $(if $(wildcard out/addition/summary.json),,$(if $(wildcard out/addition/last.pt),--resume))
+PY = .venv/bin/python
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
+OUT = out/addition
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all clean .venv
 
 demo: .venv/installed
-	@if [ -f data/addition/meta.json ]; then echo "data/addition is there: reused"; \
-	else .venv/bin/python data/prepare.py addition; fi
-	@.venv/bin/python train.py addition $(INTERRUPTED)
-	@.venv/bin/python circuits.py addition
+	@[ -f data/addition/meta.json ] || $(PY) data/prepare.py addition
+	@if [ -f $(OUT)/summary.json ]; then echo "$(OUT) holds trained models: nothing to do (make clean starts over)"; \
+	else $(PY) train.py addition $$([ -f $(OUT)/last.pt ] && echo --resume); fi
+	@if [ -f $(OUT)/circuits.json ]; then echo "$(OUT)/circuits.json is there: nothing to do"; \
+	else $(PY) circuits.py addition; fi
 
-test: .venv/installed
-	@# torch's CUDA build brings a Triton of its own; elsewhere its interpreter tests kernels.py (there are wheels for Linux)
-	@.venv/bin/python -c 'import triton' 2>/dev/null || \
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 || \
-	echo "note: no triton here: the tests of kernels.py are skipped"
-	.venv/bin/python -m pytest
+test: .venv/triton
+	$(PY) -m pytest
 
-test-all: .venv/installed
-	.venv/bin/python -m pytest -m "slow or not slow"
+test-all: .venv/triton
+	$(PY) -m pytest -m ""
 
-.PHONY: .venv
 .venv: .venv/installed
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	{ echo "error: $(PYTHON) is older than Python 3.10: make PYTHON=/path/to/a/newer/python3"; exit 2; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	@touch $@
+
+# torch's CUDA build brings a Triton of its own; elsewhere its interpreter tests the kernels (Linux has wheels)
+.venv/triton: .venv/installed
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) triton==3.6.0 || echo "note: no triton: some tests are skipped"
 	@touch $@
 
 clean:
-	rm -rf out/addition data/addition
+	rm -rf $(OUT) data/addition

@@ -7,9 +7,10 @@ How fast it is, against what you would take instead.
     python bench.py all --heads=12 --head_size=64
     python bench.py --help        every field, its default and its meaning
 
-A table is measured in one process, in turns: a round times every candidate once, and a row shows the median
-of the rounds and, in brackets, the middle half of them. Memory is the peak beyond what was there before: not
-inputs and weights, but outputs and gradients. Everything is written as JSON, too.
+Candidates are timed in turns, one after the other in every round; a row shows the median of the rounds and,
+in brackets, the middle half of them. (Training steps: one model after the other, since two may not fit.)
+Memory is the peak beyond what was there before: not inputs and weights, but outputs and gradients.
+Everything is written as JSON, too.
 """
 
 import gc
@@ -33,7 +34,8 @@ from support.gated import choose_attention
 from support.ranks import device_name, find_device
 from train import RECIPES, TrainConfig, make_optimizer, training_step
 
-GPT2_SHAPES = {"gpt2": (12, 12, 768, 16), "gpt2-medium": (24, 16, 1024, 8), "gpt2-xl": (48, 25, 1600, 2)}  # L, H, C, batch
+GPT2_SHAPES = {"gpt2": (12, 12, 768, 16), "gpt2-medium": (24, 16, 1024, 8), "gpt2-xl": (48, 25, 1600, 2)}
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass
@@ -45,14 +47,15 @@ class BenchConfig:
     heads: int = option(12, "of attention", at_least=1)
     head_size: int = option(64, "of attention, dimensions per head", at_least=1)
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
-    dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "auto: bfloat16 on CUDA, else float32", choices=DTYPES)
     compile: bool = option(False, "of step: torch.compile the models")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     out: str = option("", "where to write the figures; empty: out/bench_<what>.json")
 
     def check(self):
         if self.what[0] not in (*MEASUREMENTS, "all"):
-            raise UserError(f"there is no {self.what[0]!r} to measure: choose one of {', '.join(MEASUREMENTS)}, all")
+            known = ", ".join(MEASUREMENTS)
+            raise UserError(f"there is no {self.what[0]!r} to measure: choose one of {known}, all")
         if not all(word.strip().isdigit() for word in self.lengths.split(",") if self.lengths):
             raise UserError(f"--lengths is {self.lengths!r}: give whole numbers with commas, such as 256,1024")
 
@@ -61,51 +64,40 @@ class BenchConfig:
 # Measuring
 
 
-def measure(candidates, rounds, device, warm_up=3):
+def measure(candidates, config, warm_up=3):
     """candidates: {name: function without arguments}. Returns {name: figures or, in words, why there are
     none}: median, low and high quartile in milliseconds, and peak memory in MB (None where PyTorch does not
     count it)."""
+    cuda = config.device.startswith("cuda")
+    synchronise = torch.cuda.synchronize if cuda else torch.mps.synchronize if config.device == "mps" else int
     results, times = {}, {name: [] for name in candidates}
     for name, run in candidates.items():
         try:
             for _ in range(warm_up):
                 run()
-            results[name] = {"memory": peak_memory(run, device)}
+            before = torch.cuda.memory_allocated() if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            run()
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+            results[name] = {"memory": peak}
         except Exception as error:  # of PyTorch, Triton or the project: the others are still worth measuring
             words = str(error).strip() or type(error).__name__
             results[name] = "out of memory" if "out of memory" in words else words.splitlines()[0]
         gc.collect()
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
-    for _ in range(rounds):
+    for _ in range(config.rounds):
         for name, run in candidates.items():
             if isinstance(results[name], dict):
-                times[name].append(milliseconds(run, device))
+                synchronise()
+                start = time.perf_counter()
+                run()
+                synchronise()
+                times[name].append(1000 * (time.perf_counter() - start))
     for name, seen in times.items():
         if seen:
             quartiles = torch.tensor(seen).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
             results[name] |= dict(zip(("low", "median", "high"), quartiles))
     return results
-
-
-def milliseconds(run, device):
-    synchronise = torch.cuda.synchronize if device.startswith("cuda") else torch.mps.synchronize
-    synchronise = (lambda: None) if device == "cpu" else synchronise
-    synchronise()
-    start = time.perf_counter()
-    run()
-    synchronise()
-    return 1000 * (time.perf_counter() - start)
-
-
-def peak_memory(run, device):
-    if not device.startswith("cuda"):
-        run()
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def show(title, results, tokens=None):
@@ -128,24 +120,16 @@ def show(title, results, tokens=None):
 def attention(config):
     """Forward, and forward with backward, at every length; gates sampled, as in training."""
     cuda, tables = config.device.startswith("cuda"), {}
-    for T in map(int, (config.lengths or ("256,512,1024,2048,4096,8192" if cuda else "64,128,256")).split(",")):
+    lengths = config.lengths or ("256,512,1024,2048,4096,8192" if cuda else "64,128,256")
+    for T in map(int, lengths.split(",")):
         B = max(1, (config.tokens if cuda else config.tokens // 16) // T)
         candidates = attention_candidates(config, (B, config.heads, T, config.head_size))
         for backward in (False, True):
             title = f"attention, {'forward + backward' if backward else 'forward'}: B={B}, T={T}"
             runs = {name: partial(once, *candidate, backward) for name, candidate in candidates.items()}
-            tables[title] = measure(runs, config.rounds, config.device)
+            tables[title] = measure(runs, config)
             show(title, tables[title])
     return tables
-
-
-def once(attend, inputs, dy, backward):
-    with torch.set_grad_enabled(backward):
-        y, *penalty = attend(*inputs)
-        if backward:
-            torch.autograd.backward([y, *penalty], [dy, *(p.detach() for p in penalty)])
-    for t in inputs:
-        t.grad = None
 
 
 def attention_candidates(config, shape):
@@ -173,9 +157,18 @@ def attention_candidates(config, shape):
     if find_spec("splash_attention"):  # the paper authors' kernel: Bernoulli; p: what its penalty is made of
         from splash_attention import splash_attention
 
-        splash = lambda q, k, v: splash_attention(q, k, v, 2.0, True, True, False)[:2]  # bias, causal, sample, map
-        candidates["splash_attention"] = (splash, inputs[:3], dy)
+        options = (2.0, True, True, False)  # bias, causal, sample, return_map
+        candidates["splash_attention"] = (lambda q, k, v: splash_attention(q, k, v, *options)[:2], inputs[:3], dy)
     return candidates
+
+
+def once(attend, inputs, dy, backward):
+    with torch.set_grad_enabled(backward):
+        y, *penalty = attend(*inputs)
+        if backward:
+            torch.autograd.backward([y, *penalty], [dy, *(p.detach() for p in penalty)])
+    for t in inputs:
+        t.grad = None
 
 
 def steps(config):
@@ -183,43 +176,32 @@ def steps(config):
     cuda, tables = config.device.startswith("cuda"), {}
     settings = {name: RECIPES[name] for name in ("addition", "shakespeare_char")}
     if cuda:
-        shape = lambda L, H, C, B: dict(n_layer=L, n_head=H, n_embd=C, block_size=1024, batch_size=B)
-        settings = {name: TrainConfig(**shape(*sizes), learning_rate=1e-4) for name, sizes in GPT2_SHAPES.items()}
+        names = ("n_layer", "n_head", "n_embd", "batch_size")
+        shapes = {name: dict(zip(names, sizes)) for name, sizes in GPT2_SHAPES.items()}
+        settings = {name: TrainConfig(**shape, block_size=1024) for name, shape in shapes.items()}
     for name, s in settings.items():
         title = f"training step: {name}, batch {s.batch_size} of {s.block_size} tokens"
-        make = partial(trainer, config, s, 50257 if cuda else 65)
-        candidates = {"dense": lazy(partial(make, "none", "reference"))}
-        for which in ("fused", "reference") if cuda else ("reference",):
-            candidates[f"gated, {which}"] = lazy(partial(make, config.gate, which))
-        # on CUDA one model after the other, since two may not fit
-        groups = [{label: run} for label, run in candidates.items()] if cuda else [candidates]
         tables[title] = {}
-        while groups:
-            tables[title] |= measure(groups.pop(0), config.rounds, config.device)
-            candidates = None
+        for which in ("dense", "fused", "reference") if cuda else ("dense", "reference"):
+            run = cache(partial(trainer, config, s, 50257 if cuda else 65, which))  # made on its first call
+            label = which if which == "dense" else f"gated, {which}"
+            tables[title] |= measure({label: lambda: run()()}, config)
         show(title, tables[title], s.batch_size * s.block_size)
     return tables
 
 
-def lazy(make):
-    """The function that make returns, made on its first call: what fails then is one row of the table."""
-    made = cache(make)
-    return lambda: made()()
-
-
-def trainer(config, s, vocab_size, gate, attention):
+def trainer(config, s, vocab_size, which):
     """A function that trains a new model by one step on random tokens. s: TrainConfig."""
-    shape = dict(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, block_size=s.block_size)
-    model = GPT(GPTConfig(**shape, vocab_size=vocab_size, gate=gate)).to(config.device).train()
-    if gate != "none":
-        choose_attention(model, attention)
-    optimizer = make_optimizer(model, s, 0.0)
+    shape = (s.block_size, vocab_size, s.n_layer, s.n_head, s.n_embd)
+    model = GPT(GPTConfig(*shape, gate="none" if which == "dense" else config.gate)).to(config.device).train()
+    if which != "dense":
+        choose_attention(model, which)
     tokens = torch.randint(vocab_size, (s.batch_size, s.block_size + 1), device=config.device)
-    bound = None if gate == "none" else LossBound(10.0)
-    half = config.dtype == "bfloat16"
-    autocast = partial(torch.autocast, torch.device(config.device).type, dtype=torch.bfloat16, enabled=half)
-    forward = torch.compile(model) if config.compile else model
-    return partial(training_step, forward, optimizer, [(tokens[:, :-1], tokens[:, 1:])], bound, s.grad_clip, autocast)
+    half, kind = config.dtype == "bfloat16", torch.device(config.device).type
+    autocast = partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=half)
+    forward, batches = torch.compile(model) if config.compile else model, [(tokens[:, :-1], tokens[:, 1:])]
+    bound = None if which == "dense" else LossBound(10.0)
+    return partial(training_step, forward, make_optimizer(model, s, 0.0), batches, bound, s.grad_clip, autocast)
 
 
 def circuits(config):
@@ -227,26 +209,24 @@ def circuits(config):
     recipe's shape, dense and gated; on CUDA also 200 pairs of 16 tokens in GPT-2 small's shape, dense."""
     torch.set_float32_matmul_precision("highest")
     s, tables = RECIPES["addition"], {}
-    cases = [("addition", (s.n_layer, s.n_head, s.n_embd), 13, s.block_size, 64, ("none", config.gate))]
+    cases = [("addition", (s.block_size, 13, s.n_layer, s.n_head, s.n_embd), 64, ("none", config.gate))]
     if config.device.startswith("cuda"):
-        cases.append(("gpt2", GPT2_SHAPES["gpt2"][:3], 50257, 16, 200, ("none",)))
-    for name, (n_layer, n_head, n_embd), vocab_size, T, n, kinds in cases:
-        clean, corrupted = torch.randint(vocab_size, (2, n, T), device=config.device)
-        positions = torch.full((n,), T - 1, device=config.device)
-        runs = {}
+        cases.append(("gpt2", (16, 50257, 12, 12, 768), 200, ("none",)))
+    for name, shape, n, kinds in cases:
+        clean, corrupted = torch.randint(shape[1], (2, n, shape[0]), device=config.device)
+        positions, runs = torch.full((n,), shape[0] - 1, device=config.device), {}
         for kind in kinds:
-            shape = GPTConfig(T, vocab_size, n_layer, n_head, n_embd, gate=kind)
-            model = GPT(shape).to(config.device).eval().requires_grad_(False)
+            model = GPT(GPTConfig(*shape, gate=kind)).to(config.device).eval().requires_grad_(False)
             with evaluating(model):
                 problem = Problem(model, clean, corrupted, positions)
-            runs["dense" if kind == "none" else "gated"] = partial(one_search_step, problem)
-        title = f"circuit search: one step, batch 32 of {n} pairs of {T} tokens, {name}, float32"
-        tables[title] = measure(runs, config.rounds, config.device, warm_up=1)
+            runs["dense" if kind == "none" else "gated"] = partial(search_step, problem)
+        title = f"circuit search: one step, batch 32 of {n} pairs of {shape[0]} tokens, {name}, float32"
+        tables[title] = measure(runs, config, warm_up=1)
         show(title, tables[title])
     return tables
 
 
-def one_search_step(problem):
+def search_step(problem):
     with evaluating(problem.model):
         search(problem, bound=0.05, steps=1, seed=0, batch_size=32)
 

@@ -34,7 +34,6 @@ import torch.nn.functional as F
 
 from constrained import LossBound
 from data import tasks
-from data.tokenizer import tokenizer_of
 from gates import GATES, attention_pattern, edge_penalty
 from model import GPT, causal_mask, evaluating
 from support import circuit_report, command_line
@@ -336,10 +335,9 @@ def find_circuit(model, clean, corrupted, positions, *, bound=0.001, ablation="c
     """The smallest circuit whose KL from the full model is at most `bound` nats. Returns a Circuit.
 
     clean, corrupted: (N, T) tokens; positions: (N,) or (N, K), the tokens whose next-token distribution must
-    be kept, on average; by_position: edges of their own for every position, for examples that are aligned.
-    Edges are ranked by `search`, bisection finds a prefix of the ranking that keeps the bound on all
-    examples, and then every edge of it is tried, and left out where the bound holds without it (sweep=False:
-    not done)."""
+    be kept, on average; by_position: edges of their own for every position. Edges are ranked by `search`,
+    bisection finds a prefix of the ranking that keeps the bound on all examples, and then every edge of it
+    is tried, and left out where the bound holds without it (sweep=False: not done)."""
     started = time.time()
     with evaluating(model):
         problem = Problem(model, clean, corrupted, positions, ablation, by_position)
@@ -349,10 +347,6 @@ def find_circuit(model, clean, corrupted, positions, *, bound=0.001, ablation="c
     found = {"bound": bound, "steps": steps, "seed": seed, "examples": len(clean)}
     found |= {"candidates": int(problem.candidates.sum()), "seconds": round(time.time() - started, 1)}
     return problem.circuit(mask, **found)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Figures of a circuit
 
 
 def logit_difference(logits, answers, wrong):
@@ -416,25 +410,24 @@ class CircuitConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
-def load_pair(config, device):
-    """{dense, sparse: model}, frozen, and their tokenizer's meta."""
-    paths = {name: getattr(config, name) or f"out/{config.task[0]}/{name}.pt" for name in ("dense", "sparse")}
-    dense, sparse = sources = [open_pretrained(path) for path in paths.values()]
-    known = lambda s: [s.tokenizer.get("characters"), *(s.model_config[n] for n in ("n_layer", "n_head", "vocab_size"))]
-    if known(dense) != known(sparse):
-        raise UserError(f"{dense.name} and {sparse.name} differ in shape or tokens: compare two versions of a model")
-    models = [GPT.from_pretrained(source).to(device).requires_grad_(False) for source in sources]
-    return dict(zip(paths, models)), dense.tokenizer
+def open_task(config):
+    """({dense, sparse: model}, their tokenizer's meta, (examples to search on, others to score on))."""
+    name, device = config.task[0], find_device(config.device)
+    dense, sparse = (open_pretrained(getattr(config, n) or f"out/{name}/{n}.pt") for n in ("dense", "sparse"))
+    known = [[s.model_config[key] for key in ("n_layer", "n_head", "vocab_size")] for s in (dense, sparse)]
+    if known[0] != known[1] or dense.tokenizer.get("characters") != sparse.tokenizer.get("characters"):
+        raise UserError(f"{dense.name} and {sparse.name} differ in shape or tokens: compare two of one model")
+    models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
+    given = (name, config.data, models["dense"].config, dense.tokenizer, 2 * config.examples, config.seed)
+    task = tasks.find(*given, config.data_dir, aligned=config.positions)
+    models = {name: model.to(device).requires_grad_(False) for name, model in models.items()}
+    return models, dense.tokenizer, [half.to(device) for half in task.halves()]
 
 
 def main(argv):
     config = command_line.parse(CircuitConfig(), argv, __doc__)
-    name, device = config.task[0], find_device(config.device)
-    models, meta = load_pair(config, device)
-    task = tasks.find(name, config.data, models["dense"].config, meta, 2 * config.examples, config.seed,
-                      config.data_dir, aligned=config.positions)  # fmt: skip
-    searched, scored = (half.to(device) for half in task.halves())
-    folder = make_folder(config.out_dir or f"out/{name}")
+    models, meta, (searched, scored) = open_task(config)
+    folder = make_folder(config.out_dir or f"out/{config.task[0]}")
     circuits, reports = {}, {}
     for which, model in models.items():
         circuits[which], reports[which] = [], []
@@ -449,7 +442,7 @@ def main(argv):
             print(circuit_report.line(which, figures), flush=True)
             circuits[which].append(circuit)
             reports[which].append(figures)
-    written = circuit_report.write(folder, asdict(config), circuits, reports, scored, tokenizer_of(meta))
+    written = circuit_report.write(folder, asdict(config), circuits, reports, scored, meta)
     print(circuit_report.table(circuits, reports))
     print("\nwrote " + "  ".join(map(str, written)))
 

@@ -41,11 +41,7 @@ class GPTConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.n_embd % self.n_head:
-            multiple = self.n_head * max(1, self.n_embd // self.n_head)
-            sizes = f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}"
-            raise UserError(f"{sizes}: give for instance n_embd {multiple}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}: give a fraction from 0 up to, not including, 1")
+            raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one")
         if self.gate not in ("none", *GATES):
             raise UserError(f"gate is {self.gate!r}: choose one of none, {', '.join(GATES)}")
 
@@ -241,7 +237,7 @@ class GPT(nn.Module):
         return AttentionRecord(torch.stack(patterns), torch.stack(gates))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx: (B, T) prompt -> (B, T + max_new_tokens). temperature 0 is greedy; top_k keeps the k
+        """idx: (B, T) prompt -> (B, T + max_new_tokens). temperature 0 is greedy; top_k: keep so many
         likeliest.
 
         A step runs the model on the newest token and takes the rest from a key/value cache. Past block_size
@@ -281,7 +277,6 @@ class GPT(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Write the model in Hugging Face's GPT-2 layout; gates go along as tensors and settings of our own."""
+        """Write the model in Hugging Face's GPT-2 layout; gates go along as tensors and settings of our
+        own."""
         gpt2_weights.write_folder(folder, asdict(self.config), self.named_parameters())
-        if self.config.gate != "none":
-            print(f"{folder}: other libraries load it without the gates; GPT.from_pretrained restores both")

@@ -31,7 +31,7 @@ from support.checkpoints import open_pretrained, save_model
 from support.command_line import UserError, option
 from support.files import make_folder, write_json
 from support.gated import ATTENTIONS, calibrate_gate_biases, choose_attention
-from support.report import evaluate, missed_bound, summarise, table
+from support.report import evaluate, missed_bound, result_line, summarise, table
 from support.runs import Run, check_folder, code_of, resumed, signals_noted
 
 
@@ -127,10 +127,10 @@ RECIPES = {
 def training_step(model, optimizer, batches, bound, grad_clip, autocast=nullcontext, stop=()):
     """One step of post-training on all weights and gates; with bound=None, of plain training.
 
-    batches: this rank's micro-steps, (x, y) each; bound: LossBound on the loss in nats; stop: not empty if this
-    rank wants to stop. Returns the mean loss over micro-steps and ranks, the last micro-step's AttentionStats,
-    and whether any rank wants to stop. Raises FloatingPointError, on all ranks and before anything is changed,
-    if the loss, the cost or the gradient is not finite."""
+    batches: this rank's micro-steps, (x, y) each; bound: LossBound on the loss in nats; stop: not empty if
+    this rank wants to stop. Returns the mean loss over micro-steps and ranks, the last micro-step's
+    AttentionStats, and whether any rank wants to stop. Raises UserError, on all ranks and before anything is
+    changed, if the loss, the cost or the gradient is not finite."""
     total = 0.0
     for number, (x, y) in enumerate(batches, start=1):
         with ranks.last_only(model, number == len(batches)):
@@ -143,7 +143,8 @@ def training_step(model, optimizer, batches, bound, grad_clip, autocast=nullcont
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     total, cost, norm, stop = ranks.mean(total, cost.detach(), norm, len(stop))  # the one reduction
     if not math.isfinite(total + cost + norm):
-        raise FloatingPointError(f"the loss is {total}, the cost {cost}, the norm of the gradient {norm}")
+        wrong = f"the loss is {total}, the cost {cost}, the norm of the gradient {norm}"
+        raise UserError(f"{wrong}: last.pt holds the last good state; try a smaller --learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
@@ -159,8 +160,7 @@ def learning_rate_at(step, steps, config):
 
 
 def make_optimizer(model, config, weight_decay):
-    """AdamW in three groups: matrices (decayed), vectors, and the gates' biases with their own learning
-    rate."""
+    """AdamW in three groups: matrices (decayed), vectors, and the gates' biases with their own rate."""
     matrices, vectors, gates = [], [], []
     for name, p in model.named_parameters():
         (gates if name.endswith("gate_bias") else matrices if p.dim() >= 2 else vectors).append(p)
@@ -193,13 +193,9 @@ def fit(run, phase, model, steps, weight_decay=0.0, bound=None):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         batches = run.batches(generator, config.gradient_accumulation_steps)
-        try:
-            loss, stats, stop = training_step(
-                forward, optimizer, batches, bound, config.grad_clip, run.autocast, run.stop
-            )
-        except FloatingPointError as error:
-            kept = f"{run.folder / 'last.pt'} holds the last good state"
-            raise UserError(f"{phase}: {error} in step {step + 1}: {kept}; try a smaller --learning_rate")
+        loss, stats, stop = training_step(
+            forward, optimizer, batches, bound, config.grad_clip, run.autocast, run.stop
+        )
         run.after_step(step + 1, loss, stats, lr, stop)  # logs, evaluates, saves, and stops if that is wanted
     trained = {**run.end(), "code": code_of("model.py")}
     if ranks.is_first():
@@ -241,6 +237,8 @@ def dense_phase(run, initial):
         model = GPT.from_pretrained(initial, dropout=config.dropout).to(run.device)
         if ranks.is_first():
             save_model(model, path, run.data.meta, initial.trained_on)
+            result = evaluate(model, run.data, config.batch_size, config.eval_iters)
+            print(result_line(f"dense: {initial.name}, validation:", result), flush=True)
         return model, initial.trained_on
     if path.is_file() and not run.saved:
         found = open_pretrained(path)
@@ -285,9 +283,8 @@ def load(path, run):
 
 def train(config):
     """Run the phases of a recipe and write the files of out_dir. Returns the contents of summary.json; of
-    several ranks only the first does, the others return {}. Raises UserError for bad settings or files and
-    when the loss is not finite; Interrupted (a KeyboardInterrupt) when the user stopped it and it was
-    saved."""
+    several ranks only the first does, the others return {}. Raises UserError for bad settings or files;
+    Interrupted (a KeyboardInterrupt) when the user stopped it and it was saved."""
     saved = initial = None
     if config.resume:
         config, saved = resumed(config)
@@ -297,7 +294,7 @@ def train(config):
         if config.init_from != "scratch" and not saved:
             with ranks.first_alone():  # what it downloads, the others find
                 initial = open_pretrained(config.init_from)
-            config = replace(config, **shape_of(initial, config))
+            config = replace(config, **initial.dense_shape(config.block_size))
         command_line.check(config)
         data = Dataset(config.dataset, config.block_size, config.data_dir, device)
         if initial is not None:
@@ -314,18 +311,6 @@ def train(config):
             model = copy.deepcopy(models["dense"])
             models["control"], phases["control"] = fit(run, "control", model, config.sparsify_steps)
         return finish(run, models, phases) if ranks.is_first() else {}
-
-
-def shape_of(initial, config):
-    """The fields of TrainConfig that a Pretrained dense model decides. Raises UserError if it has gates."""
-    shape = initial.model_config
-    if shape["gate"] != "none":
-        raise UserError(f"--init_from {initial.name} has gates already: give a dense model, such as dense.pt")
-    if config.block_size < shape["block_size"]:
-        longer = f"{initial.name} reads up to {shape['block_size']} tokens"
-        print(f"note: {longer}, sequences have {config.block_size} (--block_size)")
-    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd", "bias")}
-    return {**sizes, "block_size": min(config.block_size, shape["block_size"])}
 
 
 def finish(run, models, phases):

@@ -1,5 +1,5 @@
 """
-OpenWebText (Gokaslan and Cohen 2019): archives in, jobs for `documents.encoded` out.
+OpenWebText (Gokaslan and Cohen 2019): archives in, documents out.
 
 An archive urlsf_subsetNN.tar holds members *.xz; each of them is an xz-compressed tar of documents *.txt.
 Nothing is unpacked to disk, and names in an archive are looked at but never used as paths. What cannot be
@@ -9,10 +9,8 @@ read is left out and counted: a damaged, hidden or too large member, a document 
 import io
 import lzma
 import tarfile
-from collections import Counter
 from pathlib import Path
 
-from data.documents import read_texts
 from support.command_line import UserError
 
 URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
@@ -29,59 +27,48 @@ def local_archives(folder, n):
     return sorted(found)[:n]
 
 
-def jobs_of(archive, bar):
-    """The jobs of an archive, a path; bar counts its bytes. Raises UserError if it is damaged."""
-    left_out = Counter()
+def documents(archive, left_out, bar):
+    """The texts of an archive, a path. left_out: a Counter of reasons; bar counts bytes. Raises UserError if
+    the archive is damaged."""
     try:
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                if reason := reason_to_skip(member, ".xz", PACKED):
-                    left_out[reason] += not member.isdir()
-                else:
-                    yield read_member, tar.extractfile(member).read()
-                bar.update(member.offset_data + member.size - bar.n)
-                tar.members = []  # tarfile would keep them all
+        with open(archive, "rb") as file:
+            for packed in members(file, ".xz", PACKED, left_out):
+                bar.update(file.tell() - bar.n)
+                try:
+                    yield from texts_of(packed, left_out)
+                except DAMAGE:
+                    left_out["damaged"] += 1
     except (OSError, *DAMAGE) as error:
         raise UserError(f"{archive} is damaged or cannot be read ({error}): get it again")
-    yield skipped, dict(left_out)
 
 
-def skipped(left_out):
-    return [], left_out
+def texts_of(packed, left_out):
+    """The texts of a member, bytes; none if it is damaged anywhere."""
+    unpacker = lzma.LZMADecompressor(memlimit=MEMORY)
+    unpacked = unpacker.decompress(packed, max_length=UNPACKED)
+    if not unpacker.eof:
+        raise ValueError("too large, or cut short")
+    texts, reasons = [], []
+    for text in members(io.BytesIO(unpacked), ".txt", UNPACKED, left_out):
+        try:
+            text = text.decode("utf-8")
+            texts += [text] if text.strip() else []
+            reasons += [] if text.strip() else ["empty"]
+        except UnicodeDecodeError:
+            reasons.append("not UTF-8")
+    left_out.update(reasons)
+    return texts
 
 
-def read_member(packed):
-    """The reader of a member, bytes. One that is damaged anywhere is left out whole."""
-    texts, left_out = [], Counter()
-    try:
-        unpacker = lzma.LZMADecompressor(memlimit=MEMORY)
-        unpacked = unpacker.decompress(packed, max_length=UNPACKED + 1)
-        if len(unpacked) > UNPACKED:
-            return skipped({"too large": 1})
-        if not unpacker.eof:
-            return skipped({"damaged": 1})
-        with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
-            for member in tar:
-                reason, text = reason_to_skip(member, ".txt", UNPACKED), ""
-                if not reason:
-                    try:
-                        text = tar.extractfile(member).read().decode("utf-8")
-                        reason = None if text.strip() else "empty"
-                    except UnicodeDecodeError:
-                        reason = "not UTF-8"
-                if reason is None:
-                    texts.append(text)
-                else:
-                    left_out[reason] += not member.isdir()
-    except DAMAGE:
-        return skipped({"damaged": 1})
-    return read_texts(texts)[0], dict(left_out)
-
-
-def reason_to_skip(member, ending, limit):
-    """Why a member of an archive is not read; None: it is."""
-    if any(part.startswith(".") and part.strip(".") for part in member.name.split("/")):
-        return "hidden"
-    if not member.isreg() or not member.name.endswith(ending):
-        return f"no {ending} file"
-    return "too large" if member.size > limit else None
+def members(file, ending, limit, left_out):
+    """The contents of the members of a tar that have this ending and at most so many bytes."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            tar.members = []  # tarfile would keep them all
+            hidden = any(part.startswith(".") and part.strip(".") for part in member.name.split("/"))
+            if hidden or not member.isreg() or not member.name.endswith(ending):
+                left_out[f"hidden or no {ending} file"] += not member.isdir()
+            elif member.size > limit:
+                left_out["too large"] += 1
+            else:
+                yield tar.extractfile(member).read()

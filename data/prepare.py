@@ -13,13 +13,14 @@ Make a dataset: text or toy examples in, token files out (data/<name>/train.bin,
     python data/prepare.py COMMAND --help               the options of a command
 """
 
-import codecs
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
 
 from data import openwebtext
-from data.documents import Document, cut, encoded, read_lines, read_parts
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from support import command_line
 from support.command_line import UserError, arguments, option
@@ -38,7 +38,7 @@ from support.files import download
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-CHUNK = 1 << 20  # bytes of text held at once
+BATCH = 500  # documents tokenised at once
 
 
 @dataclass
@@ -82,23 +82,25 @@ class Text(Examples):
 
 
 class TokenFiles:
-    """train.bin and val.bin on their way: in a temporary folder beside the dataset, put in place by
-    `finish`. Until then, and after any error, an older dataset of the same name stays as it was."""
+    """train.bin and val.bin on their way: in a temporary folder beside the dataset, put in place by `finish`.
+    Until then, and after any error, an older dataset of the same name stays as it was."""
 
     def __init__(self, folder):
         self.folder, self.temporary = Path(folder), Path(f"{folder}.{os.getpid()}.tmp")
         self.n_tokens = {"train": 0, "val": 0}
 
+    def path(self, split):
+        return self.temporary / f"{split}.bin"
+
     def __enter__(self):
         with self.writing():
             self.temporary.mkdir(parents=True)
-            self.files = {split: open(self.temporary / f"{split}.bin", "wb") for split in self.n_tokens}
+            self.files = {split: open(self.path(split), "wb") for split in self.n_tokens}
         return self
 
     def __exit__(self, *error):
-        with self.writing():
-            for file in self.files.values():
-                file.close()
+        for file in self.files.values():
+            file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     @contextmanager
@@ -106,8 +108,7 @@ class TokenFiles:
         try:
             yield
         except OSError as error:
-            where = f"{self.folder} ({error.strerror})"
-            raise UserError(f"cannot write {where}: make room, or choose another --data_dir")
+            raise UserError(f"cannot write {self.folder} ({error.strerror}): make room, or give another --data_dir")
 
     def write(self, tokens, split="train"):
         """Append uint16 tokens."""
@@ -118,27 +119,29 @@ class TokenFiles:
     def finish(self, meta, val_fraction=None):
         """Put the files in place. val_fraction: cut this part off the end of all tokens for validation,
         instead of what was written for it. Returns the contents of meta.json: meta, the numbers of tokens,
-        and their hash."""
-        train, val = (self.temporary / f"{split}.bin" for split in ("train", "val"))
+        and a hash."""
         with self.writing():
             for file in self.files.values():
                 file.close()
             if val_fraction is not None:
                 n = sum(self.n_tokens.values())
                 n_train = int(n * (1 - val_fraction))
-                append(val, train)
-                with open(train, "r+b") as file, open(val, "wb") as rest:
-                    file.seek(2 * n_train)
-                    shutil.copyfileobj(file, rest)
-                    file.truncate(2 * n_train)
+                with open(self.path("train"), "r+b") as train, open(self.path("val"), "r+b") as val:
+                    train.seek(0, os.SEEK_END)
+                    shutil.copyfileobj(val, train)
+                    train.seek(2 * n_train)
+                    val.seek(0)
+                    shutil.copyfileobj(train, val)
+                    train.truncate(2 * n_train)
+                    val.truncate()
                 self.n_tokens = {"train": n_train, "val": n - n_train}
             if min(self.n_tokens.values()) < 2:
                 raise UserError(f"{sum(self.n_tokens.values())} tokens are too few to split: give more text")
             meta = {**meta, **{f"{split}_tokens": n for split, n in self.n_tokens.items()}}
             digest = hashlib.sha256()
-            for path in (train, val):
-                with open(path, "rb") as file:
-                    while data := file.read(CHUNK):
+            for split in self.n_tokens:
+                with open(self.path(split), "rb") as file:
+                    while data := file.read(1 << 20):
                         digest.update(data)
             meta["sha256"] = digest.hexdigest()
             (self.temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -148,117 +151,76 @@ class TokenFiles:
         return meta
 
 
-def append(source, target):
-    """Append a file to another, and delete it."""
-    with open(source, "rb") as file, open(target, "ab") as end:
-        shutil.copyfileobj(file, end)
-    os.unlink(source)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Text
 
 
 def prepare_text(paths, folder, tokenizer_name, val_fraction):
-    """Tokenise files and folders, in the order given (folders: every file in them, by name). Memory stays at
-    a few chunks whatever the size of the text. Validation is the end of the text, or with gpt2 whole
-    documents, where it gets ten or more. Returns the contents of meta.json. Raises UserError for what is no
-    UTF-8 text."""
+    """Tokenise files and folders, in the order given (folders: every file in them, by name), one file in
+    memory at a time. Validation is the end of the text, or with gpt2 whole documents, where it gets ten or
+    more. Returns the contents of meta.json. Raises UserError for what is no UTF-8 text."""
     files = [file for path in paths for file in files_of(Path(path))]
     size = sum(file.stat().st_size for file in files)
     with TokenFiles(folder) as out, tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
         if tokenizer_name == "gpt2":
-            tokenizer = GPT2Tokenizer()
-            documents = write_documents(out, text_jobs(files, bar), tokenizer, val_fraction)
-            return out.finish(tokenizer.meta(), None if documents["val"] >= 10 else val_fraction)
+            tokenizer, left_out = GPT2Tokenizer(), Counter()
+            n_val = write_documents(out, file_documents(files, left_out, bar), tokenizer, val_fraction, left_out)
+            return out.finish(tokenizer.meta(), None if n_val >= 10 else val_fraction)
         tokenizer = ByteTokenizer()
         if tokenizer_name == "char":
-            characters = set().union(*(chunk for file in files for chunk in chunks(file)))
-            tokenizer = CharTokenizer("".join(sorted(characters)))
+            tokenizer = CharTokenizer("".join(sorted(set().union(*map(text_of, files)))))
         for file in files:
-            for chunk in chunks(file, bar):
-                out.write(tokenizer.encode(chunk))
+            out.write(tokenizer.encode(text_of(file)))
+            bar.update(file.stat().st_size)
         return out.finish(tokenizer.meta(), val_fraction)
 
 
-def write_documents(out, jobs, tokenizer, val_fraction):
-    """Tokenise jobs into TokenFiles. Returns {split: documents}, and prints them and what was left out."""
-    documents, left_out = Counter(), Counter()
-    for tokens, count, reasons in encoded(jobs, tokenizer, val_fraction):
-        for split in tokens:
-            out.write(tokens[split], split)
-        documents.update(count)
-        left_out.update(reasons)
+def write_documents(out, documents, tokenizer, val_fraction, left_out):
+    """Tokenise texts on all cores into TokenFiles, each followed by end-of-text. A hash of its text says
+    whether it is for validation: the same in any order and on any machine, and two copies never lie on both
+    sides. Prints the numbers of documents and of those left out. Returns how many are for validation."""
+    count = Counter()
+    with ThreadPoolExecutor() as pool:  # the tokenizer releases Python's lock
+        while batch := list(itertools.islice(documents, BATCH)):
+            for text, tokens in zip(batch, pool.map(tokenizer.encode, batch)):
+                digest = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
+                split = "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+                out.write(np.append(tokens, np.uint16(tokenizer.end_of_text)), split)
+                count[split] += 1
     words = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()) if n)
-    print(f"{sum(documents.values()):,} documents" + (f" (left out: {words})" if words else ""), flush=True)
-    return documents
+    print(f"{sum(count.values()):,} documents" + (f" (left out: {words})" if words else ""), flush=True)
+    return count["val"]
 
 
-def text_jobs(files, bar):
-    """Jobs of about CHUNK bytes: small files together, parts of large ones, lines of .jsonl."""
-    parts, size = [], 0
+def file_documents(files, left_out, bar):
+    """The text of every file, and of every line {"text": ...} of a .jsonl file."""
     for file in files:
-        if file.suffix == ".jsonl":
-            yield read_parts, parts
-            parts, size = [], 0
-            yield from ((read_lines, lines) for lines in line_blocks(file, bar))
+        if file.suffix != ".jsonl":
+            yield text_of(file)
+            bar.update(file.stat().st_size)
             continue
-        beginning = None
-        for text in chunks(file, bar):
-            beginning = beginning or text
-            parts.append(Document(text, beginning, False))
-            size += len(text)
-            if size >= CHUNK:
-                yield read_parts, parts
-                parts, size = [], 0
-        parts.append(Document("", beginning, True))
-    yield read_parts, parts
+        with open(file, "rb") as lines:
+            for line in lines:
+                bar.update(len(line))
+                try:
+                    text = json.loads(line.decode("utf-8"))["text"] if line.strip() else ""
+                    if text.strip():
+                        yield text
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    left_out['without a "text"'] += 1
 
 
-def line_blocks(file, bar):
-    """The bytes of a .jsonl file in blocks of whole lines."""
-    rest = b""
-    with opened(file) as stream:
-        while data := stream.read(CHUNK):
-            bar.update(len(data))
-            lines, _, rest = (rest + data).rpartition(b"\n")
-            yield lines
-    yield rest
-
-
-def chunks(file, bar=None):
-    """The text of a file in pieces of about CHUNK bytes, each cut before white space where there is some, so
-    that the tokens are the same as if the file were encoded whole. Raises UserError if it is empty or not
-    UTF-8."""
-    decode, rest, offset = codecs.getincrementaldecoder("utf-8")().decode, "", 0
-    with opened(file) as stream:
-        while True:
-            data = stream.read(CHUNK)
-            try:
-                text = rest + decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                place = offset + error.start
-                raise UserError(f"{file} is not UTF-8 text (near byte {place}): convert it or leave it out")
-            offset += len(data)
-            if not offset:
-                raise UserError(f"{file} is empty: leave it out")
-            if bar is not None:
-                bar.update(len(data))
-            end = cut(text) if data else len(text)
-            if end:
-                yield text[:end]
-            rest = text[end:]
-            if not data:
-                return
-
-
-@contextmanager
-def opened(file):
+def text_of(file):
+    """The text of a file. Raises UserError if it is empty or not UTF-8."""
     try:
-        with open(file, "rb") as stream:
-            yield stream
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (near byte {error.start}): convert it or leave it out")
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}): check its permissions or leave it out")
+    if not text:
+        raise UserError(f"{file} is empty: leave it out")
+    return text
 
 
 def files_of(path):
@@ -283,16 +245,16 @@ def prepare_openwebtext(subsets, source, folder, val_fraction, tokenizer):
             continue
         if not source:
             download(openwebtext.URL + archive.name, archive)
-        size = archive.stat().st_size
+        size, left_out = archive.stat().st_size, Counter()
         with TokenFiles(part) as out, tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
-            write_documents(out, openwebtext.jobs_of(archive, bar), tokenizer, val_fraction)
+            documents = openwebtext.documents(archive, left_out, bar)
+            write_documents(out, documents, tokenizer, val_fraction, left_out)
             out.finish(tokenizer.meta())
         if not source:
             archive.unlink()
     with TokenFiles(folder) as out:
-        for part in done:
-            for split in ("train", "val"):
-                out.write(np.memmap(part / f"{split}.bin", dtype=np.uint16, mode="r"), split)
+        for part, split in itertools.product(done, ("train", "val")):
+            out.write(np.memmap(part / f"{split}.bin", dtype=np.uint16, mode="r"), split)
         meta = out.finish(tokenizer.meta())
     shutil.rmtree(parts)
     return meta
@@ -321,7 +283,7 @@ def prepare_examples(pairs, folder, val_fraction):
 def read_examples(path):
     """(prompt, answer) of every line of a file. Raises UserError with the number of the first bad line."""
     pairs = []
-    for number, line in enumerate("".join(chunks(Path(path))).splitlines(), start=1):
+    for number, line in enumerate(text_of(Path(path)).splitlines(), start=1):
         pair = tuple(line.split("\t"))
         if len(pair) != 2 or not all(pair):
             raise UserError(f"{path} line {number} is {line[:40]!r}: write a prompt, one tab, and an answer")

@@ -29,6 +29,17 @@ class Pretrained(NamedTuple):
     trained_on: dict  # what save_model was given
     tensors: Callable  # () -> (name, tensor) one after the other
 
+    def dense_shape(self, block_size):
+        """The fields of a training configuration that a dense model decides. Raises UserError if it has
+        gates."""
+        shape = {key: self.model_config[key] for key in ("n_layer", "n_head", "n_embd", "bias", "block_size")}
+        if self.model_config["gate"] != "none":
+            raise UserError(f"--init_from {self.name} has gates already: give a dense model, as dense.pt")
+        if block_size < shape["block_size"]:
+            longer = f"{self.name} reads up to {shape['block_size']} tokens"
+            print(f"note: {longer}, sequences have {block_size} (--block_size)")
+        return shape | {"block_size": min(block_size, shape["block_size"])}
+
 
 def open_pretrained(source):
     """The Pretrained of what GPT.from_pretrained accepts. Raises UserError."""

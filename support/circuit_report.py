@@ -1,5 +1,6 @@
 """Circuits of two models side by side: the table, the files and the pictures."""
 
+from data.tokenizer import tokenizer_of
 from support import pictures
 from support.files import write_json
 from support.graph import reading
@@ -56,7 +57,7 @@ def ratio_of(reports):
     return dense / sparse if sparse else None
 
 
-def write(folder, settings, circuits, reports, task, tokenizer):
+def write(folder, settings, circuits, reports, task, meta):
     """circuits.json, every model's first circuit, and a picture of these. Returns the paths."""
     first = {name: found[0] for name, found in circuits.items()}
     by_position = first["dense"].by_position
@@ -70,6 +71,7 @@ def write(folder, settings, circuits, reports, task, tokenizer):
     if by_position:
         some = task.clean[:64]
         most = reading(first["sparse"], some)[1].sum(dim=(0, 2, 3, 4)).argmax()  # where there is most to see
+        tokenizer = tokenizer_of(meta)
         labels = [tokenizer.decode([token]) for token in some[most].tolist()]
         drawn = {name: (c.edges, reading(c, some)[0][:, most].cpu().numpy()) for name, c in first.items()}
         figure = pictures.positions_figure(labels, drawn, shape.n_layer)

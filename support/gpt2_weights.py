@@ -139,6 +139,7 @@ def write_folder(folder, config, named_tensors):
     }
     if config["gate"] != "none":
         stored["nanosparse"] = {key: value for key, value in config.items() if key.startswith("gate")}
+        print(f"{folder}: other libraries load it without the gates; GPT.from_pretrained restores both")
     with replacing(folder / SAFETENSORS) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(stored, folder / "config.json")

@@ -21,7 +21,6 @@ from support.checkpoints import RUN, load_checkpoint, save_checkpoint
 from support.command_line import UserError
 from support.report import evaluate, progress_line, result_line
 
-ROOT = Path(__file__).parent.parent
 PHASES = ("dense", "sparse", "control")
 
 
@@ -31,36 +30,30 @@ class Interrupted(KeyboardInterrupt):
 
 def resumed(config):
     """(the configuration that the interrupted run in config.out_dir began with, the contents of its
-    last.pt). Raises UserError if there is none."""
+    last.pt)."""
     path = Path(config.out_dir) / "last.pt"
     if not path.is_file():
         raise UserError(f"there is nothing to resume: {path} does not exist; start without --resume")
-    if (path.parent / "summary.json").is_file():
+    if path.with_name("summary.json").is_file():
         raise UserError(f"there is nothing to resume: the run in {path.parent} is finished")
     saved = load_checkpoint(path, RUN)
     if len(saved["noise"]) != ranks.world_size():
-        wrong = f"{path} is of {len(saved['noise'])} processes, here are {ranks.world_size()}"
-        raise UserError(f"{wrong}: give torchrun the same --nproc_per_node")
+        sizes = f"{path} is of {len(saved['noise'])} processes, here are {ranks.world_size()}"
+        raise UserError(f"{sizes}: give torchrun the same --nproc_per_node")
     return dataclasses.replace(config, **saved["config"] | {"resume": True, "out_dir": config.out_dir}), saved
 
 
 def check_folder(config):
     """Raise UserError if config.out_dir holds a run with other settings, or one that was interrupted."""
     last, summary = (Path(config.out_dir) / name for name in ("last.pt", "summary.json"))
-    if summary.is_file():
-        stored = json.loads(summary.read_text(encoding="utf-8"))["config"]
-    elif last.is_file():
-        stored = load_checkpoint(last, RUN)["config"]
-    else:
+    if not last.is_file() and not summary.is_file():
         return
-    changed = [
-        f"{name} was {stored.get(name)}, now {value}"
-        for name, value in dataclasses.asdict(config).items()
-        if stored.get(name) != value and name not in ("resume", "out_dir")
-    ]
-    if changed:
-        which = "; ".join(changed)
-        raise UserError(f"{config.out_dir} holds a run with other settings ({which}): give another --out_dir")
+    stored = json.loads(summary.read_text("utf-8")) if summary.is_file() else load_checkpoint(last, RUN)
+    old, new = stored["config"], dataclasses.asdict(config)
+    different = [name for name in new if old.get(name) != new[name] and name not in ("resume", "out_dir")]
+    if different:
+        changes = "; ".join(f"{name} was {old.get(name)}, now {new[name]}" for name in different)
+        raise UserError(f"{config.out_dir} holds a run with other settings ({changes}): give another --out_dir")
     if not summary.is_file():
         raise UserError(f"{config.out_dir} holds an interrupted run: --resume it, or give another --out_dir")
 
@@ -72,15 +65,11 @@ class Run:
     def __init__(self, config, data, device, folder, saved, stop):
         self.config, self.data, self.device, self.folder = config, data, device, folder
         self.saved, self.stop, self.log_path = saved, stop, folder / "log.jsonl"
+        self.tokens = config.batch_size * config.gradient_accumulation_steps * data.sequence_tokens  # per step
         if ranks.is_first():
             (folder / "summary.json").unlink(missing_ok=True)  # of the run before
             with self.writing(), open(self.log_path, "ab") as file:
                 file.truncate(min(saved["log_length"], file.tell()) if saved else 0)
-
-    @property
-    def tokens_per_step(self):
-        config = self.config
-        return config.batch_size * config.gradient_accumulation_steps * self.data.sequence_tokens
 
     def autocast(self):
         on = self.config.dtype == "bfloat16"
@@ -98,10 +87,9 @@ class Run:
     def begin(self, phase, steps, model, optimizer, generator, bound):
         """Start a phase, or take up the one in which the run was interrupted. Returns the steps that are
         done."""
-        self.phase, self.steps, self.step, self.recent = phase, steps, 0, []
-        self.model, self.bound, self.log_loss = model, bound, None
+        self.phase, self.steps, self.step, self.recent, self.log_loss = phase, steps, 0, [], None
+        self.model, self.bound, self.started = model, bound, time.time()
         self.parts = {"model": model, "optimizer": optimizer, "generator": generator, "bound": bound}
-        self.started = time.time()
         if self.saved is None:
             self.validate()
             self.save()
@@ -112,23 +100,22 @@ class Run:
 
     def after_step(self, step, loss, stats, learning_rate, stop):
         """Log, evaluate and save where it is time to. Raises Interrupted, with everything saved, to stop."""
-        config, self.step = self.config, step
+        self.step = step
         self.recent.append(loss)
-        if step % config.log_interval == 0 or step == self.steps:
+        if step % self.config.log_interval == 0 or step == self.steps:
             seconds, self.log_loss = time.time() - self.started, sum(self.recent) / len(self.recent)
             line = {"phase": self.phase, "step": step, "loss": self.log_loss}
             if self.bound is not None:
                 ranks.check_same("the multiplier", self.bound.multiplier)
                 line |= {"bound": self.bound.bound, "multiplier": self.bound.multiplier}
                 line |= {key: getattr(stats, key).mean().item() for key in ("expected_edges", "hard_edges")}
-            speed = step * self.tokens_per_step / seconds
-            line |= {"learning_rate": learning_rate, "tokens_per_second": speed}
+            line |= {"learning_rate": learning_rate, "tokens_per_second": step * self.tokens / seconds}
             self.log(line)
             print(progress_line(line, self.steps, seconds), flush=True)
             self.recent.clear()
-        if step % config.eval_interval == 0 or step == self.steps:
+        if step % self.config.eval_interval == 0 or step == self.steps:
             self.validate()
-        if step % config.eval_interval == 0 or stop:
+        if step % self.config.eval_interval == 0 or stop:
             self.save()
         if stop:
             raise Interrupted(f"{self.phase} after step {step} of {self.steps}, and saved: --resume goes on")
@@ -136,12 +123,11 @@ class Run:
     def end(self):
         """How the phase trained its model, plain values. training_loss: the mean since the log's last
         line."""
-        seconds = time.time() - self.started
-        trained = {"steps": self.steps, "seconds": seconds}
-        trained |= {"tokens_per_second": self.steps * self.tokens_per_step / seconds}
+        seconds, trained = time.time() - self.started, {}
         if self.bound is not None:
-            trained |= {"training_bound": self.bound.bound, "training_loss": self.log_loss}
-        return trained
+            trained = {"training_bound": self.bound.bound, "training_loss": self.log_loss}
+        speed = self.steps * self.tokens / seconds
+        return {**trained, "steps": self.steps, "seconds": seconds, "tokens_per_second": speed}
 
     def validate(self):
         """Evaluate on eval_iters validation batches; log and print the result."""
@@ -166,25 +152,30 @@ class Run:
 
     def save(self):
         """Write last.pt. All ranks call it, the first one writes."""
+        cuda = self.device.startswith("cuda")
         noise = ranks.gathered(torch.get_rng_state())
-        noise_cuda = ranks.gathered(torch.cuda.get_rng_state()) if self.device.startswith("cuda") else []
+        noise_cuda = ranks.gathered(torch.cuda.get_rng_state()) if cuda else []
         if ranks.is_first():
-            content = {"config": dataclasses.asdict(self.config), "phase": self.phase, "step": self.step}
-            content |= {"recent": self.recent, "log_loss": self.log_loss, "noise": noise, "noise_cuda": noise_cuda}
-            content |= {"seconds": time.time() - self.started, "log_length": self.log_path.stat().st_size}
-            content |= {"parts": {name: state_of(part) for name, part in self.parts.items()}}
-            save_checkpoint({"format": RUN, **content}, self.folder / "last.pt")
+            kept = {name: getattr(self, name) for name in ("phase", "step", "recent", "log_loss")}
+            kept |= {"config": dataclasses.asdict(self.config), "noise": noise, "noise_cuda": noise_cuda}
+            kept |= {"seconds": time.time() - self.started, "log_length": self.log_path.stat().st_size}
+            kept["parts"] = {name: state_of(part) for name, part in self.parts.items()}
+            save_checkpoint({"format": RUN, **kept}, self.folder / "last.pt")
 
     def restore(self):
-        """What save wrote, back in its places."""
+        """What save wrote, back in its places. Raises UserError if the code has changed too much for that."""
         saved, self.saved = self.saved, None
         self.step, self.recent, self.log_loss = saved["step"], saved["recent"], saved["log_loss"]
         self.started = time.time() - saved["seconds"]
-        for name, part in self.parts.items():
-            if isinstance(part, torch.Generator):
-                part.set_state(saved["parts"][name])
-            elif part is not None:
-                part.load_state_dict(saved["parts"][name])
+        try:
+            for name, part in self.parts.items():
+                if isinstance(part, torch.Generator):
+                    part.set_state(saved["parts"][name])
+                elif part is not None:
+                    part.load_state_dict(saved["parts"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            wrong = f"{self.folder / 'last.pt'} does not fit this code ({str(error).splitlines()[0]})"
+            raise UserError(f"{wrong}: start over in another --out_dir, or after `make clean`")
         torch.set_rng_state(saved["noise"][ranks.rank()])
         if self.device.startswith("cuda"):
             torch.cuda.set_rng_state(saved["noise_cuda"][ranks.rank()])
@@ -214,9 +205,9 @@ def state_of(part):
     return part and part.state_dict()
 
 
-def code_of(*files):
-    """A hash of some of the project's source files."""
-    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()[:12]
+def code_of(file):
+    """A hash of one of the project's source files."""
+    return hashlib.sha256((Path(__file__).parent.parent / file).read_bytes()).hexdigest()[:12]
 
 
 def read_log(path):
@@ -227,7 +218,7 @@ def read_log(path):
 @contextmanager
 def signals_noted():
     """Within it, the first Ctrl-C or SIGTERM only puts its number into the list that this yields; a second
-    one is real."""
+    is real."""
     stop, old = [], {}
 
     def note(number, frame):

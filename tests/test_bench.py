@@ -31,7 +31,7 @@ def test_a_candidate_that_fails_is_a_row_and_the_others_are_measured():
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
 
-    results = bench.measure({"large": fail, "small": lambda: None}, 2, "cpu")
+    results = bench.measure({"large": fail, "small": lambda: None}, bench.BenchConfig(("step",), rounds=2, device="cpu"))
     assert results["large"] == "out of memory" and results["small"]["median"] >= 0
 
 

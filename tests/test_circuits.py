@@ -484,7 +484,7 @@ def test_positions_and_ones_own_examples(program, checkpoints, data_dir):
 
 
 WRONG = [
-    (["sums", "--sparse={}/short.pt"], "short.pt differ in shape or tokens: compare two versions of a model"),
+    (["sums", "--sparse={}/short.pt"], "short.pt differ in shape or tokens: compare two of one model"),
     (["sums", "--sparse={}/none.pt"], "there is no checkpoint"),
     (["nothing"], "there is no task 'nothing': choose one of induction, ioi, greater_than, pronoun"),
     ([], "give one task, such as addition: 0 were given"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import dataset, documents, prepare
+from data import dataset, prepare
 from data.dataset import Dataset
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, tokenizer_of
 from support.command_line import UserError
@@ -84,14 +84,6 @@ def test_text_comes_back(tmp_path, tokenizer):
     assert tokenizer_of(json.loads((folder / "meta.json").read_text())).decode(tokens_of(folder)) == text
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks_do_not_change_the_text(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(prepare, "CHUNK", chunk)
-    for text in ["a b  c\n\n d\t\te世界 fgh" * 5 + "end ", "   ", "oneword", " \n x"]:
-        (tmp_path / "t").write_bytes(text.encode())
-        assert "".join(prepare.chunks(tmp_path / "t")) == text
-
-
 def test_folders_are_read_in_order_and_split_at_the_end(tmp_path):
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     for name, text in {"b.txt": "b" * 50, "a.txt": "a" * 40, "sub/c.txt": "c" * 10, ".hidden": "x"}.items():
@@ -145,9 +137,7 @@ def test_few_documents_are_split_at_the_end_of_the_text(tmp_path, letters):
 
 
 def test_many_documents_are_split_by_document(tmp_path, letters, monkeypatch):
-    """Also long ones that are read in parts: a document stays on one side."""
-    monkeypatch.setattr(prepare, "CHUNK", 64)
-    monkeypatch.setattr(documents, "PIECE", 50)
+    monkeypatch.setattr(prepare, "BATCH", 7)
     texts = [f"{i} some words é 世 😀 " * (3 + i) for i in range(60)]
     (tmp_path / "in").mkdir()
     for i, text in enumerate(texts):
@@ -162,14 +152,13 @@ def test_many_documents_are_split_by_document(tmp_path, letters, monkeypatch):
     assert (tmp_path / "again" / "val.bin").read_bytes() == (tmp_path / "out" / "val.bin").read_bytes()
 
 
-def test_lines_without_a_text_are_left_out_and_counted():
+def test_lines_without_a_text_are_left_out_and_counted(tmp_path, letters, capsys):
     bad = [b"{", b"[1]", b'{"text": 3}', b'{"body": "x"}', b'{"text": "\xff"}', b'{"text": " "}', b"[" * 99_999]
     good = lines(["one text", "another"]).encode() + b'{"text": "half a pair \\ud800"}\n'
-    found, left_out = documents.read_lines(good + b"\n".join(bad))
-    assert [document.text for document in found] == ["one text", "another", "half a pair \ud800"]
-    assert left_out == {'without a "text"': 6}
-    tokens, count, _ = documents.encode((documents.read_parts, found), Letters(), 0.999)
-    assert count == {"val": 3} and len(tokens["train"]) == 0
+    (tmp_path / "in.jsonl").write_bytes(good + b"\n".join(bad))
+    prepare.prepare_text([tmp_path / "in.jsonl"], tmp_path / "out", "gpt2", 0.5)
+    assert capsys.readouterr().out == '3 documents (left out: 6 without a "text")\n'
+    assert (tokens_of(tmp_path / "out") == Letters.end_of_text).sum() == 3
 
 
 @pytest.fixture
@@ -179,11 +168,8 @@ def gpt2():
     return GPT2Tokenizer()
 
 
-@pytest.mark.parametrize("chunk", [50, 1000])
-def test_gpt2_tokens_do_not_depend_on_the_chunks(tmp_path, monkeypatch, real_text, gpt2, chunk):
+def test_gpt2_tokens_are_tiktokens(tmp_path, real_text, gpt2):
     text = real_text.read_text(encoding="utf-8")[:30_000] + "\n\n  a\n\n\n   b  's 've\t\tx"
-    monkeypatch.setattr(prepare, "CHUNK", chunk)
-    monkeypatch.setattr(documents, "PIECE", 90)
     folder = text_dataset(tmp_path, text, "gpt2")
     assert tokens_of(folder).tolist() == [*gpt2._encoding.encode_ordinary(text), gpt2.end_of_text]
 

@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, monkeypatch, caps
     run(tmp_path / "in", tmp_path / "deep" / "out", val_fraction=0.5)
     found = sorted(texts_of(tmp_path / "deep" / "out"))
     assert found == sorted(["good", "also good", "good again", "good too", "and this"])
-    reasons = "5 damaged, 1 empty, 2 hidden, 1 no .txt file, 2 no .xz file, 1 not UTF-8, 2 too large"
+    reasons = "6 damaged, 1 empty, 2 hidden or no .txt file, 3 hidden or no .xz file, 1 not UTF-8, 1 too large"
     assert f"5 documents (left out: {reasons})" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*outside*"))
 

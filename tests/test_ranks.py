@@ -167,7 +167,7 @@ def test_two_ranks_stop_together_and_resume(torchrun, tmp_path):
 @pytest.mark.slow
 def test_not_a_number_on_one_rank_stops_all(torchrun, tmp_path):
     code, _, err = torchrun("nan", "run")
-    assert code != 0 and "error: dense: the loss is nan" in err and "rank 1: error: dense: the loss is nan" in err
+    assert code != 0 and "error: the loss is nan" in err and "rank 1: error: the loss is nan" in err
     assert (tmp_path / "run" / "last.pt").is_file() and not (tmp_path / "run" / "dense.pt").exists()
 
 

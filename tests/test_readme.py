@@ -13,11 +13,11 @@ import pytest
 from tests.conftest import ROOT
 
 SHORT = {  # what is appended to a command of each program
-    "train": "--pretrain_steps=3 --sparsify_steps=3 --batch_size=50 --eval_iters=1 --device=cpu",
+    "train": "--pretrain_steps=3 --sparsify_steps=3 --batch_size=500 --eval_iters=1 --device=cpu",
     "circuits": "--steps=3 --examples=20 --no-sweep",
     "experiments.circuit_curve": "--steps=3 --examples=20",
 }
-NOT_HERE = "pip install|prepare.py shakespeare|openwebtext|gpt2|bench.py|shakespeare_char|gate_study|--seeds"  # slow
+NOT_HERE = "pip install|prepare.py shakespeare|openwebtext|gpt2|bench.py|shakespeare_char|--seeds"  # slow
 
 
 def blocks(language):

@@ -90,7 +90,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data_dir):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     model.ln_f.weight.register_hook(lambda grad: grad * float("nan"))  # the loss stays finite
     batch = Dataset("sums", 5, data_dir).batch("train", 8, torch.Generator().manual_seed(0))
-    with pytest.raises(FloatingPointError, match="norm of the gradient nan"):
+    with pytest.raises(UserError, match="norm of the gradient nan: last.pt holds the last good state; try"):
         training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), [batch], None, 1.0)
     assert same(before, model.state_dict())
 
@@ -176,7 +176,7 @@ def test_text_runs_too(tmp_path):
         sparsify_steps=5, eval_interval=100, block_size=16, batch_size=64, n_layer=2, n_embd=32, device="cpu",
         bound_stderr=0.05,
     ))  # fmt: skip
-    assert summary["dense_loss"] < 3.6 and "dense_accuracy" not in summary and summary["control_loss"] > 0
+    assert summary["dense_loss"] < 3.9 and "dense_accuracy" not in summary and summary["control_loss"] > 0
 
 
 def test_evaluating_more_often_bfloat16_and_checkpointing(small, tmp_path):
@@ -313,7 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
         return training_step(model, *args)
 
     monkeypatch.setattr(train_module, "training_step", step)
-    with pytest.raises(UserError, match="sparse: the loss is nan, .* in step 8: .*last.pt holds the"):
+    with pytest.raises(UserError, match="the loss is nan, .*: last.pt holds the last good state; try a smaller"):
         train(small)
     saved = load_checkpoint(tmp_path / "run" / "last.pt", RUN)
     assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["parts"]["model"].values())
@@ -367,7 +367,7 @@ def with_other_meta(data):
 BAD = [
     (["adition"], "there is no recipe 'adition': choose one of addition, shakespeare_char"),
     (["addition", "--batchsize=4"], "what is --batchsize? Did you mean --batch_size?"),
-    (["addition", "--n_embd=10", "--n_head=4"], "n_embd 10 is not divisible by n_head 4: give"),
+    (["addition", "--n_embd=10", "--n_head=4"], "n_embd 10 is not divisible by n_head 4: change"),
     (["addition", "--pretrain_steps=0"], "--pretrain_steps is 0: give at least 1"),
     (["addition", "--gate=gumbel"], "--gate is 'gumbel': choose one of hard_concrete, bernoulli"),
     (["addition", "--device=gpu"], "--device is 'gpu': choose auto, cpu, cuda, cuda:N"),
