@@ -1,5 +1,5 @@
 """
-Circuits: the smallest subgraph of a model that keeps a behaviour, in a dense model and in the sparse one.
+Circuits: a small subgraph of a model that keeps a behaviour, in a dense model and in the sparse one.
 
     python circuits.py addition                 out/addition/dense.pt against out/addition/sparse.pt
     python circuits.py addition --positions     which token talks to which, through which head
@@ -16,8 +16,9 @@ is one (writer, reader). Closing an edge replaces, in that reader's input, the w
     input of r = sum_w  z_rw * circuit_w + (1 - z_rw) * ablated_w,    circuit_w: what w writes in this run
 
 Every edge gets a hard-concrete gate z (gates.py), the model is frozen, and the gates are trained as
-post-training trains the attention's: as few open edges as possible, subject to a bound (constrained.py), here
-on KL(full model || circuit) at the positions of the answer. The same optimiser, used twice.
+post-training trains the attention's: as few open edges as possible, subject to a bound (constrained.py),
+here on KL(full model || circuit) at the positions of the answer. The same gate and the same constraint, used
+twice.
 
 Shapes: N examples, B in a batch, K answer positions, T tokens, C width, H heads, L layers, V vocabulary,
 W = 1 + L (H + 1) writers, R = L (3 H + 1) + 1 readers. P is 1, or T where every position has its own edges.
@@ -105,42 +106,46 @@ def mixed(z, delta):
     return torch.einsum("brwt,bwtc->brtc", z, delta)
 
 
-def layer_output(block, z, base, delta, ablated):
+def layer_output(block, z_heads, z_mlp, base, delta, ablated):
     """What a layer's heads and its MLP add to the residual stream, less what they add ablated: (B, H + 1, T,
     C).
 
-    z: (B, 3 H + 1, n + H, P), the gates of its readers; base: (B or 1, 1, T, C), sum_w ablated_w of the n
-    writers before it; delta: (B, n, T, C), circuit_w - ablated_w of these; ablated: (B or 1, H + 1, T, C),
-    its own."""
-    attn, n, H = block.attn, delta.size(1), block.attn.n_head
-    h = block.ln_1(base + mixed(z[:, : 3 * H, :n], delta))  # (B, 3H, T, C), each reader its own
+    z_heads: (B, 3 H, n, P), gates of the queries, keys and values on the n writers before the layer; z_mlp:
+    (B, 1, n + H, P), of the MLP, on its heads, too; base: (B or 1, 1, T, C), the sum of what these n deliver
+    ablated; delta: (B, n, T, C), what they write in this run, less that; ablated: (B or 1, H + 1, T, C), its
+    own writers'."""
+    attn, H = block.attn, block.attn.n_head
+    h = block.ln_1(base + mixed(z_heads, delta))  # (B, 3H, T, C), each reader its own
     qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
     if attn.c_attn.bias is not None:
         qkv = qkv + attn.c_attn.bias.view(3 * H, 1, -1)
     heads = head_outputs(attn, *qkv.split(H, dim=1)) - ablated[:, :H]
     base = base + ablated[:, :H].sum(dim=1, keepdim=True)
-    mlp = block.mlp(block.ln_2(base + mixed(z[:, 3 * H :, :n], delta) + mixed(z[:, 3 * H :, n:], heads)))
+    mlp = block.mlp(block.ln_2(base + mixed(z_mlp, torch.cat([delta, heads], dim=1))))
     return torch.cat([heads, mlp - ablated[:, H:]], dim=1)
 
 
-def circuit_output(model, idx, z, ablated, layers=()):
+def circuit_output(model, idx, z, ablated, known=()):
     """The model with gates on its edges: what the logits read, (B, T, C), and a list of what layer_output
     returns.
 
-    idx: (B, T) tokens; z: (B, R, W, P) gates; ablated: (B or 1, W, T, C); layers: the beginning of that
-    list, where it is known. A reader gets sum_w ablated_w + sum_w z_rw (circuit_w - ablated_w)."""
-    H, row, layers = model.config.n_head, 0, list(layers)
+    idx: (B, T) tokens; z: (B, R, W, P) gates; ablated: (B or 1, W, T, C); known: the beginning of that list,
+    where it need not be computed. A reader gets sum_w z_rw circuit_w + (1 - z_rw) ablated_w, which is what
+    closed edges deliver, sum_w ablated_w, plus sum_w z_rw (circuit_w - ablated_w): `base` and the mix of
+    `delta`."""
+    H, row, written = model.config.n_head, 0, list(known)
     base = ablated[:, :1]
     delta = model.embed(idx)[:, None] - base
     for layer, block in enumerate(model.h):
         n = delta.size(1)
         own = ablated[:, n : n + H + 1]
-        if layer == len(layers):
-            layers.append(layer_output(block, z[:, row : row + 3 * H + 1, : n + H], base, delta, own))
+        if layer == len(written):
+            z_heads, z_mlp = z[:, row : row + 3 * H, :n], z[:, row + 3 * H : row + 3 * H + 1, : n + H]
+            written.append(layer_output(block, z_heads, z_mlp, base, delta, own))
         base = base + own.sum(dim=1, keepdim=True)
-        delta = torch.cat([delta, layers[layer]], dim=1)
+        delta = torch.cat([delta, written[layer]], dim=1)
         row += 3 * H + 1
-    return (base + mixed(z[:, row:], delta))[:, 0], layers
+    return (base + mixed(z[:, row:], delta))[:, 0], written
 
 
 def read_out(model, x, positions=None):
@@ -212,13 +217,15 @@ class Problem:
         self.model, self.clean, self.ablation, self.by_position = model, clean, ablation, by_position
         self.positions = positions.view(len(positions), -1)
         self.graph = graph_of(model)
-        self.ablated = ablated_writers(model, corrupted, ablation).expand(len(clean), -1, -1, -1)
+        ablated = ablated_writers(model, corrupted, ablation)
+        self.ablated_alike, self.ablated = len(ablated) == 1, ablated.expand(len(clean), -1, -1, -1)
         pairs = zip(clean.split(CHUNK), self.positions.split(CHUNK))
         full = [read_out(model, all_writers(model, idx).sum(dim=1), p) for idx, p in pairs]
         self.full = torch.cat(full)  # (N, K, V)
         if not self.full.isfinite().all():
             raise UserError("the model's logits are not finite: give one that was trained without a NaN")
-        # a head whose attention edges are never open joins no positions; any other may join all
+        # a head whose attention edges are never open moves nothing between positions; any other may,
+        # everywhere
         both = torch.cat([clean, corrupted]).split(CHUNK)
         alive = sum(model.attention(idx).edges.sum(dim=(1, 3, 4)) for idx in both) > 0  # (L, H)
         P = clean.size(1) if by_position else 1
@@ -244,7 +251,7 @@ class Problem:
         large, and computes no layer again that reads what it read in the last circuit that fitted."""
         known, written, left = None, [], bound * self.positions.numel()
         if self.fitting is not None:
-            changed = (mask != self.fitting[0]).flatten(1).any(dim=1).nonzero()
+            changed = (mask != self.fitting[0]).flatten(1).any(dim=1).nonzero()  # readers, in order of layers
             same = self.graph.layer_of(int(changed[0])) if len(changed) else len(self.graph.layers)
             known = [layers[:same] for layers in self.fitting[1]]
         for full, (logits, layers) in zip(self.full.split(CHUNK), self.logits(mask, known)):
@@ -275,16 +282,21 @@ class Problem:
                 low = middle
         return shortest
 
+    def hardest_first(self, mask):
+        """Order the examples by the KL of this circuit, so that `fits` stops early on those like it."""
+        logits = torch.cat([logits for logits, _ in self.logits(mask)])
+        order = kl_divergence(self.full, logits).sum(dim=1).argsort(descending=True)
+        self.clean, self.positions, self.full = (t[order] for t in (self.clean, self.positions, self.full))
+        self.ablated = self.ablated if self.ablated_alike else self.ablated[order]
+        self.fitting = None  # was of the order before
+
     def swept(self, mask, ranking, bound):
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first,
         and put back where the bound would not hold."""
-        logits = torch.cat([logits for logits, _ in self.logits(mask)])
-        hardest = kl_divergence(self.full, logits).sum(dim=1).argsort(descending=True)
-        self.clean, self.positions, self.full = (t[hardest] for t in (self.clean, self.positions, self.full))
-        self.ablated = self.ablated[hardest] if self.ablated.stride(0) else self.ablated  # else all alike
-        self.fitting = None  # was in another order; hard examples come first now, so that `fits` stops early
-        for edge in self.order(ranking).flip(0).tolist():
-            if mask.view(-1)[edge]:
+        self.hardest_first(mask)
+        candidates = [edge for edge in self.order(ranking).flip(0).tolist() if mask.view(-1)[edge]]
+        for edge in candidates:
+            if mask.view(-1)[edge]:  # still there
                 smaller = mask.clone()
                 smaller.view(-1)[edge] = False
                 smaller = self.graph.effective(smaller, self.links)
@@ -301,15 +313,16 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
     """Edge pruning: log_alpha of every edge after so many steps, (R, W, P).
 
     All edges start open. Gates are drawn for every example, not once per batch: that takes most of the noise
-    out of the KL. What is left costs KL that the circuit will not have, so the multiplier follows the KL of
-    the deterministic circuit. Adam forgets squared gradients within some twenty steps: the first, of a
-    circuit that fails altogether, are thousands of times the last. The learning rate falls to a tenth."""
+    out of the KL. The rest of the noise makes the sampled KL too large, so the multiplier follows the KL of
+    the deterministic circuit. Adam forgets squared gradients within some twenty steps (beta2 0.95): the
+    first, of a circuit that fails altogether, are thousands of times the last. The learning rate falls to a
+    tenth."""
     model, device = problem.model, problem.full.device
     generator = torch.Generator(device).manual_seed(seed)
     gate, candidates = GATES["hard_concrete"](), problem.candidates.to(device)
     log_alpha = torch.full(candidates.shape, 3.0, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([log_alpha], lr=learning_rate, betas=(0.9, 0.95))
-    limit = LossBound(1.0, scale=1.0, rate=0.05, smallest=0.01, largest=10.0)  # KL in bounds, cost in edges
+    constraint = LossBound(1.0, scale=1.0, rate=0.05, smallest=0.01, largest=10.0)  # on KL / bound
     everything = (problem.clean, problem.ablated, problem.positions, problem.full)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / steps))
@@ -323,16 +336,16 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
         u = torch.rand(batch_size, *candidates.shape, generator=generator, device=device)
         with torch.enable_grad():
             cost = edge_penalty(gate, log_alpha)[candidates].sum()
-            objective = limit.lagrangian(cost, loss_of(gate.sample(log_alpha.expand_as(u), u)))
+            objective = constraint.lagrangian(cost, loss_of(gate.sample(log_alpha.expand_as(u), u)))
             (log_alpha.grad,) = torch.autograd.grad(objective, log_alpha)
         optimizer.step()
-        limit.update(loss_of(gate.deterministic(log_alpha).sign().expand_as(u)).item())
+        constraint.update(loss_of(gate.deterministic(log_alpha).sign().expand_as(u)).item())
     return log_alpha.detach()
 
 
 def find_circuit(model, clean, corrupted, positions, *, bound=0.001, ablation="corrupted", steps=400, seed=0,
                  batch_size=32, by_position=False, sweep=True):  # fmt: skip
-    """The smallest circuit whose KL from the full model is at most `bound` nats. Returns a Circuit.
+    """A small circuit whose KL from the full model is at most `bound` nats. Returns a Circuit.
 
     clean, corrupted: (N, T) tokens; positions: (N,) or (N, K), the tokens whose next-token distribution must
     be kept, on average; by_position: edges of their own for every position. Edges are ranked by `search`,

@@ -1,5 +1,5 @@
 """
-Gates on attention edges: which query may read which key, learned as a yes or no per edge.
+Gates on attention edges: which query may read which key, learned edge by edge.
 
 An edge is one (layer, head, query i, key j <= i). Its gate is a random number z in [0, 1] that multiplies
 the edge's attention weight after the softmax:
@@ -42,7 +42,8 @@ class HardConcrete:
         return self.stretch(torch.sigmoid((torch.logit(u) + log_alpha) / self.beta))
 
     def deterministic(self, log_alpha):
-        """The gate in evaluation: no noise and no temperature. The edge is open where it is above zero."""
+        """The gate in evaluation: no noise and no temperature, and zero up to the cutoff. Above zero it is
+        open."""
         return F.threshold(self.stretch(torch.sigmoid(log_alpha)), self.cutoff, 0.0)
 
     def open_probability(self, log_alpha):
@@ -70,7 +71,8 @@ class Bernoulli:
         return torch.sigmoid(log_alpha)
 
 
-# What --gate chooses from; add your own. With a cutoff of 1/2 both are open where log_alpha > 0.
+# What --gate chooses from; add your own. With a cutoff of 1/2, both are open in evaluation where log_alpha >
+# 0.
 GATES = {"hard_concrete": partial(HardConcrete, cutoff=0.5), "bernoulli": Bernoulli}
 
 
@@ -78,7 +80,7 @@ def edge_penalty(gate, log_alpha):
     """What one edge costs: P(open) + softplus(log_alpha). Same shape as log_alpha.
 
     The probability is the paper's penalty, but it is flat near 1: gates that start wide open would feel no
-    pull. The softplus is ours. It pulls there with slope 1, and vanishes once the gate is closed."""
+    pull. The softplus is ours. It pulls there with slope 1, and fades where the gate is closed anyway."""
     return gate.open_probability(log_alpha) + F.softplus(log_alpha)
 
 
@@ -125,7 +127,7 @@ def attention_stats(pattern, log_alpha, gate):
     B, H, Tq, Tk = log_alpha.shape
     n_pairs = B * Tq * (2 * Tk - Tq + 1) // 2
     mean_over_pairs = lambda x: x.sum(dim=(0, 2, 3)) / n_pairs  # (H,); later keys are closed and add nothing
-    penalty = mean_over_pairs(edge_penalty(gate, log_alpha).tril(Tk - Tq))  # tril: yours may not vanish there
+    penalty = mean_over_pairs(edge_penalty(gate, log_alpha).tril(Tk - Tq))  # tril: an edited one may add
     with torch.no_grad():
         edges = gate.deterministic(log_alpha).sign()  # 1 open, 0 closed
         expected, hard = mean_over_pairs(gate.open_probability(log_alpha)), mean_over_pairs(edges)

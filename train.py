@@ -130,7 +130,7 @@ def training_step(model, optimizer, batches, bound, grad_clip, autocast=nullcont
     batches: this rank's micro-steps, (x, y) each; bound: LossBound on the loss in nats; stop: not empty if
     this rank wants to stop. Returns the mean loss over micro-steps and ranks, the last micro-step's
     AttentionStats, and whether any rank wants to stop. Raises UserError, on all ranks and before anything is
-    changed, if the loss, the cost or the gradient is not finite."""
+    changed, if the loss or the gradient is not finite."""
     total = 0.0
     for number, (x, y) in enumerate(batches, start=1):
         with ranks.last_only(model, number == len(batches)):
@@ -141,9 +141,9 @@ def training_step(model, optimizer, batches, bound, grad_clip, autocast=nullcont
             (objective / len(batches)).backward()
         total = total + loss.detach() / len(batches)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    total, cost, norm, stop = ranks.mean(total, cost.detach(), norm, len(stop))  # the one reduction
-    if not math.isfinite(total + cost + norm):
-        wrong = f"the loss is {total}, the cost {cost}, the norm of the gradient {norm}"
+    total, norm, stop = ranks.mean(total, norm, len(stop))  # the step's one reduction, but for the gradient
+    if not math.isfinite(total + norm):
+        wrong = f"the loss is {total}, the norm of the gradient {norm}"
         raise UserError(f"{wrong}: last.pt holds the last good state; try a smaller --learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -56,7 +56,8 @@ class Graph:
         KeyError or IndexError for an edge that the graph does not have."""
         mask = torch.zeros(*self.edges.shape, n_positions, dtype=torch.bool)
         for writer, reader, *position in edges:
-            mask[self.readers.index(reader), self.writers.index(writer), position or 0] = True
+            p = position[0] if position else 0
+            mask[self.readers.index(reader), self.writers.index(writer), p] = True
         if (mask & ~self.edges[:, :, None]).any():
             raise ValueError("an edge runs backwards")
         return mask

@@ -1,9 +1,9 @@
 """
 What a reader sees of a model: its figures on the validation split, and the lines and tables that show them.
 
-Three counts of edges, never mixed: *expected*, the sum of the gates' open probabilities; *sampled*, in one
-training step; *hard*, the edges whose deterministic gate is above zero. Claims are made with hard edges. All
-are fractions of the causal (key <= query) pairs over all layers and heads.
+Two counts of edges, never mixed: *expected*, the gates' open probabilities, and *hard*, the edges whose
+deterministic gate is above zero. Claims are made with hard edges. Both are fractions of the causal (key <=
+query) pairs over all layers and heads.
 """
 
 import dataclasses

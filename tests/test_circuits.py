@@ -269,7 +269,7 @@ def test_layers_that_read_the_same_are_not_computed_again(changed, monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("by_position", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_sweep_leaves_no_edge_out_or_in_that_the_definition_would_not(by_position, monkeypatch):
     monkeypatch.setattr(circuits, "CHUNK", 8)
     model = tiny(gate="hard_concrete").eval()

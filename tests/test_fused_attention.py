@@ -111,7 +111,7 @@ def test_shapes(B, H, T, D):
 
 
 @BOTH
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_closed_heads_and_rows(gate, training):
     """One head closed altogether, one where all rows but a few are closed, one wide open."""
     inputs = inputs_of(H=3, T=21)
@@ -140,6 +140,7 @@ def test_huge_logits(gate, training, scale):
         assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * theirs[name].abs().max()
 
 
+@pytest.mark.slow
 def test_inputs_that_are_not_contiguous():
     """As a model cuts them from one matrix, with other strides each, and with a strided last dimension."""
     B, H, T, D = 2, 2, 18, 16
@@ -183,6 +184,7 @@ def test_noise_is_uniform():
         assert 0 < u[0] and u[-1] < 1 and abs((u - 0.5).mean()) < 4 * math.sqrt(1 / 12 / n)
 
 
+@pytest.mark.slow
 def test_noise_is_independent_between_positions_and_seeds():
     """Correlations of n pairs have a standard deviation of 1 / sqrt(n); so have those of the distances from
     the middle."""
@@ -202,7 +204,7 @@ def test_noise_is_independent_between_positions_and_seeds():
             assert abs(r) * math.sqrt(len(a0)) < 4.5, f"noise is correlated: {name}"
 
 
-@pytest.mark.parametrize("blocks", [(16, 32), (32, 16), (64, 64)])
+@pytest.mark.parametrize("blocks", [pytest.param((16, 32), marks=pytest.mark.slow), (32, 16), (64, 64)])
 def test_blocks_change_nothing_not_the_noise_either(blocks, monkeypatch):
     """Bernoulli gates: one other draw would change a whole edge."""
     monkeypatch.setattr(fused, "BLOCKS", blocks)
@@ -247,6 +249,7 @@ def test_activation_checkpointing_draws_the_same_noise_again():
     assert all(map(torch.equal, plain, again))
 
 
+@pytest.mark.slow
 def test_pytorchs_checks_of_custom_operators():
     inputs, seed = inputs_of(T=11), torch.tensor([3], device=DEVICE)
     numbers = fused.numbers_of(GATE["hard_concrete"])
@@ -288,7 +291,7 @@ def with_fused(model):
     return model
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_model_without_a_graph_break(checkpointing):
     model, idx = with_fused(small_model().train()), torch.randint(11, (1, 16), device=DEVICE)
     model.activation_checkpointing = checkpointing

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from support import pictures
 from tests.conftest import ROOT
 
 SHORT = {  # what is appended to a command of each program
@@ -38,7 +39,10 @@ def test_commands_and_code_run_as_written(program, tmp_path, monkeypatch):
             subprocess.run(command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True)
             continue
         name = path.removesuffix(".py").replace("/", ".")
-        code, out, err = program(importlib.import_module(name).main, *argv, *SHORT.get(name, "").split())
+        with monkeypatch.context() as patch:
+            if name == "train":  # pictures take longer than all the rest
+                patch.setattr(pictures, "save", lambda figure, path: path)
+            code, out, err = program(importlib.import_module(name).main, *argv, *SHORT.get(name, "").split())
         assert code == 0, f"{command}\n{out}\n{err}"
         done.append(name)
         assert name != "circuits" or "edges dense / sparse" in out
@@ -55,6 +59,7 @@ def test_pictures_and_files_that_a_text_links_exist(name):
     assert all(((ROOT / name).parent / link).exists() for link in links), links
 
 
+@pytest.mark.slow
 def test_a_wrong_command_line_ends_in_one_sentence_without_a_traceback():
     result = subprocess.run([sys.executable, "train.py", "adition"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1

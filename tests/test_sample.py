@@ -41,7 +41,7 @@ def test_text_is_reproducible_from_its_seed(program, models):
     assert one.count("abc") >= 2
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
+@pytest.mark.parametrize("ending", ["png", pytest.param("svg", marks=pytest.mark.slow)])
 def test_pictures(program, models, ending):
     code, out, _ = program(
         sample.main, models / "sparse.pt", f"--compare={models / 'dense.pt'}", "--prompt=4+5=",
