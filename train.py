@@ -284,7 +284,7 @@ def load(path, run):
 def train(config):
     """Run the phases of a recipe and write the files of out_dir. Returns the contents of summary.json; of
     several ranks only the first does, the others return {}. Raises UserError for bad settings or files;
-    Interrupted (a KeyboardInterrupt) when the user stopped it and it was saved."""
+    KeyboardInterrupt when the user stopped it and it was saved."""
     saved = initial = None
     if config.resume:
         config, saved = resumed(config)

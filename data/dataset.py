@@ -20,9 +20,8 @@ MAKE_COMMANDS = {"addition": "addition", "shakespeare_char": "shakespeare", "ope
 
 
 class Dataset:
-    """Batches (x, y) of data/<name>/, both (B, T) int64 on `device`: y are the tokens after x, -1 where a
-    toy task asks for no prediction. Raises UserError if the files are missing, damaged or do not fit
-    block_size."""
+    """Batches (x, y) of data/<name>/, both (B, T) int64 on `device`: y are the tokens after x, -1 where a toy
+    task asks for no prediction. Raises UserError for missing or damaged files, and a wrong block_size."""
 
     def __init__(self, name, block_size, data_dir="data", device="cpu"):
         self.name, self.block_size, self.device = name, block_size, device
@@ -39,14 +38,14 @@ class Dataset:
         self.tokens = {split: self.open(folder / f"{split}.bin") for split in ("train", "val")}
 
     def open(self, path):
-        tokens = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
-        stated = self.meta.get(f"{path.stem}_tokens", len(tokens) // 2)
-        if len(tokens) != 2 * stated or (self.is_task and stated % self.example_length):
+        size = path.stat().st_size
+        stated = self.meta.get(f"{path.stem}_tokens", size // 2)
+        if size != 2 * stated or (self.is_task and stated % self.example_length):
             raise UserError(f"{path} does not hold the {stated} tokens of meta.json: make the dataset again")
         if stated <= self.sequence_tokens:
             n = self.sequence_tokens + 1
             raise UserError(f"{path} holds {stated} tokens, a sequence takes {n}: give a smaller block_size")
-        return tokens.view(np.uint16)
+        return np.memmap(path, dtype=np.uint16, mode="r")
 
     def batch(self, split, batch_size, generator):
         """Random sequences, drawn with replacement by a torch.Generator."""
@@ -55,15 +54,12 @@ class Dataset:
     def draw(self, split, batch_size, generator):
         """Where the sequences of a random batch start, (batch_size,)."""
         n_tokens = len(self.tokens[split])
-        if self.is_task:
-            n_examples = n_tokens // self.example_length
-            return self.example_length * torch.randint(n_examples, (batch_size,), generator=generator)
-        return torch.randint(n_tokens - self.block_size, (batch_size,), generator=generator)
+        n_starts = n_tokens // self.example_length if self.is_task else n_tokens - self.block_size
+        return torch.randint(n_starts, (batch_size,), generator=generator) * (self.example_length or 1)
 
     def sequential(self, split, batch_size, n_batches=None):
-        """The split from its beginning in sequences that do not overlap, up to n_batches; a rest shorter
-        than a sequence is left out. Of a split of more than EVALUATED tokens so many, in sequences evenly
-        spread."""
+        """The split from its beginning in sequences that do not overlap, up to n_batches; a rest shorter than
+        a sequence is left out. Of more than EVALUATED tokens so many, in sequences evenly spread."""
         for chunk in self.starts(split).split(batch_size)[:n_batches]:
             yield self.cut(split, chunk)
 
@@ -94,8 +90,7 @@ class Dataset:
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def check_tokenizer(self, theirs, path):
-        """Raise UserError if theirs, the tokenizer's meta in the checkpoint at path, gives tokens another
-        meaning."""
+        """Raise UserError if tokens mean something else in theirs, the tokenizer's meta of a checkpoint."""
         if any(theirs.get(key) != self.meta.get(key) for key in ("tokenizer", "vocab_size", "characters")):
             a, b = (f"({meta['tokenizer']}, vocabulary {meta['vocab_size']})" for meta in (theirs, self.meta))
             raise UserError(f"{path} knows other tokens {a} than {self.name} has {b}: give its own dataset")
@@ -111,10 +106,9 @@ def read_meta(folder):
             raise UserError(f"{folder / name} is missing: run `python data/prepare.py {command}`")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        is_whole = 0 < meta["vocab_size"] <= 65536 and meta["tokenizer"] in ("char", "byte", "gpt2")
-        is_whole &= meta["tokenizer"] != "char" or len(meta["characters"]) == meta["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{folder / 'meta.json'} is damaged: make the dataset again")
-    return meta
+        n = len(meta["characters"]) if meta["tokenizer"] == "char" else meta["vocab_size"]
+        if meta["tokenizer"] in ("char", "byte", "gpt2") and 0 < meta["vocab_size"] == n <= 65536:
+            return meta
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise UserError(f"{folder / 'meta.json'} is damaged: make the dataset again")

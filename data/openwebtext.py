@@ -9,7 +9,8 @@ read is left out and counted: a damaged, hidden or too large member, a document 
 import io
 import lzma
 import tarfile
-from pathlib import Path
+
+from tqdm import tqdm
 
 from support.command_line import UserError
 
@@ -19,19 +20,11 @@ PACKED, UNPACKED, MEMORY = 8 << 20, 32 << 20, 128 << 20  # bytes: of a member at
 DAMAGE = (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, OverflowError)
 
 
-def local_archives(folder, n):
-    """The first n archives of a folder, by name. Raises UserError if it has none."""
-    found = [path for path in Path(folder).glob("*.tar") if path.is_file() and not path.name.startswith(".")]
-    if not found:
-        raise UserError(f"there is no folder {folder} with archives *.tar: check the path")
-    return sorted(found)[:n]
-
-
-def documents(archive, left_out, bar):
-    """The texts of an archive, a path. left_out: a Counter of reasons; bar counts bytes. Raises UserError if
-    the archive is damaged."""
+def documents(archive, left_out):
+    """The texts of an archive, a path. left_out: a Counter of reasons. Raises UserError if it is damaged."""
     try:
-        with open(archive, "rb") as file:
+        size = archive.stat().st_size
+        with open(archive, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, leave=False) as bar:
             for packed in members(file, ".xz", PACKED, left_out):
                 bar.update(file.tell() - bar.n)
                 try:
@@ -48,16 +41,14 @@ def texts_of(packed, left_out):
     unpacked = unpacker.decompress(packed, max_length=UNPACKED)
     if not unpacker.eof:
         raise ValueError("too large, or cut short")
-    texts, reasons = [], []
-    for text in members(io.BytesIO(unpacked), ".txt", UNPACKED, left_out):
+    texts = []
+    for content in members(io.BytesIO(unpacked), ".txt", UNPACKED, left_out):
         try:
-            text = text.decode("utf-8")
-            texts += [text] if text.strip() else []
-            reasons += [] if text.strip() else ["empty"]
+            texts.append(content.decode("utf-8"))
         except UnicodeDecodeError:
-            reasons.append("not UTF-8")
-    left_out.update(reasons)
-    return texts
+            left_out["not UTF-8"] += 1
+    left_out["empty"] += sum(not text.strip() for text in texts)
+    return filter(str.strip, texts)
 
 
 def members(file, ending, limit, left_out):

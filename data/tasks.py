@@ -21,9 +21,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support.command_line import UserError
 from data.dataset import MAKE_COMMANDS, Dataset
 from data.tokenizer import tokenizer_of
+from support.command_line import UserError
+from support.files import read_text
 
 
 class Task(NamedTuple):
@@ -49,26 +50,26 @@ def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False
     """n examples of a task by its name, or all of a file, for a model of that GPTConfig whose tokenizer meta
     describes. n=0: 4,000 of a toy task's dataset, 1,000 of running text, else 400. aligned: the prompts must
     have one length. Raises UserError for a task that does not exist or does not fit."""
-    task = from_file(file, tokenizer_of(meta)) if file else make(name, model_config, meta, n, seed, data_dir)
-    if task.clean.size(1) > model_config.block_size:
-        sizes = f"{task.clean.size(1)} tokens, and the model sees {model_config.block_size} at once"
-        raise UserError(f"{name} has prompts of {sizes}: give another model")
+    block_size, folder = model_config.block_size, Path(data_dir) / name
+    if file:
+        task = from_file(file, tokenizer_of(meta))
+    elif name == "induction":
+        task = induction(model_config.vocab_size, block_size, n or 400, seed)
+    elif name in TEMPLATES:
+        task = from_template(name, tokenizer_of(meta), n or 400, seed)
+    elif name in MAKE_COMMANDS or (folder / "meta.json").is_file():
+        data = Dataset(name, block_size, data_dir)
+        data.check_tokenizer(meta, "the model")
+        task = from_dataset(data, n or (4000 if data.is_task else 1000), seed)
+    else:
+        known = ", ".join(["induction", *TEMPLATES])
+        raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {folder} of it")
+    T = task.clean.size(1)
+    if T > block_size:
+        raise UserError(f"{name} has prompts of {T} tokens, the model sees {block_size}: give another model")
     if aligned and not task.aligned:
         raise UserError(f"--positions needs prompts of one length, and those of {name} differ: leave it out")
     return task
-
-
-def make(name, model_config, meta, n, seed, data_dir):
-    if name == "induction":
-        return induction(model_config.vocab_size, model_config.block_size, n or 400, seed)
-    if name in TEMPLATES:
-        return from_template(name, tokenizer_of(meta), n or 400, seed)
-    folder, known = Path(data_dir) / name, ", ".join(["induction", *TEMPLATES])
-    if not (folder / "meta.json").is_file() and name not in MAKE_COMMANDS:
-        raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {folder} of it")
-    data = Dataset(name, model_config.block_size, data_dir)
-    data.check_tokenizer(meta, "the model")
-    return from_dataset(data, n or (4000 if data.is_task else 1000), seed)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,8 +118,7 @@ IOI_FRAMES = [
 
 
 def ioi(tokenizer, rng):
-    """Indirect object identification. Both orders, ABBA and BABA; the corrupted prompt has three other
-    names."""
+    """Indirect object identification, ABBA and BABA. The corrupted prompt has three other names."""
     names = [f" {name}" for name in NAMES["he"] + NAMES["she"]]
     receiver, giver, *others = rng.choice(names, 5, replace=False)
     frame, place, thing = rng.choice(IOI_FRAMES), f" {rng.choice(PLACES)}", f" {rng.choice(THINGS)}"
@@ -128,11 +128,10 @@ def ioi(tokenizer, rng):
 
 
 def greater_than(tokenizer, rng):
-    """A later year of the same century. The corrupted prompt begins so early that the wrong year is as right
-    as the answer."""
+    """A later year of the same century. The corrupted prompt begins early: the wrong year is right there."""
     century = rng.integers(11, 20)
-    two_tokens = lambda year: len(tokenizer.encode(f" {century}{year:02d}")) == 2  # the century and the rest
-    years = [year for year in range(2, 100) if two_tokens(year)]
+    has_two_tokens = lambda year: len(tokenizer.encode(f" {century}{year:02d}")) == 2  # century and rest
+    years = [year for year in range(2, 100) if has_two_tokens(year)]
     early, wrong, start, answer = sorted(rng.choice(years, 4, replace=False)) if len(years) >= 4 else [0] * 4
     frame = f"The {rng.choice(EVENTS)} lasted from the year {century}{{:02d}} to the year {century}"
     return frame.format(start), frame.format(early), f"{answer:02d}", f"{wrong:02d}"
@@ -152,22 +151,20 @@ TEMPLATES = {"ioi": ioi, "greater_than": greater_than, "pronoun": pronoun}
 
 def from_template(name, tokenizer, n, seed):
     """n examples of a task of TEMPLATES. An example whose answer is not one token, or whose prompts differ
-    in length, is drawn again; raises UserError where this tokenizer has none such in ten thousand draws."""
-    rng, examples, draws = np.random.default_rng(seed), [], 0
-    while len(examples) < n:
-        draws += 1
+    in length, is drawn again. Raises UserError where this tokenizer has too few."""
+    rng, examples = np.random.default_rng(seed), []
+    for _ in range(10_000 + 10 * n):
         texts = TEMPLATES[name](tokenizer, rng)
-        clean, corrupted, answer, wrong = (list(map(int, tokenizer.encode(str(text)))) for text in texts)
+        clean, corrupted, answer, wrong = (tokenizer.encode(text).tolist() for text in texts)
         if len(clean) == len(corrupted) and len(answer) == len(wrong) == 1 and answer != wrong:
             examples.append((clean, corrupted, answer[0], wrong[0]))
-        elif not examples and draws > 10_000:
-            raise UserError(f"{name}: its answers are no single tokens here: give a model with GPT-2's")
-    return stacked(examples)
+        if len(examples) == n:
+            return stacked(examples)
+    raise UserError(f"{name}: its answers are no single tokens here: give a model with GPT-2's")
 
 
 def stacked(examples):
-    """(clean, corrupted, answer, wrong) tokens of prompts of any lengths -> Task. Shorter ones are filled up
-    at their end, which no earlier position sees."""
+    """(clean, corrupted, answer, wrong) tokens -> Task. Short prompts are filled up at their unseen end."""
     T = max(len(clean) for clean, *_ in examples)
     clean, corrupted = (torch.tensor([e[i] + [0] * (T - len(e[i])) for e in examples]) for i in (0, 1))
     positions = torch.tensor([[len(e[0]) - 1] for e in examples])
@@ -180,58 +177,47 @@ def induction(vocab_size, block_size, n, seed):
     corrupted prompt has other tokens of which none comes again; the wrong answer is another token of the
     clean prompt. Raises UserError where the vocabulary or the context is too small."""
     T = min(16, block_size)
-    piece = max(1, T // 4)
-    first = T - piece
     if T < 6 or vocab_size < T + 1:
         known = f"{block_size} and {vocab_size} are there"
         raise UserError(f"induction takes 6 tokens of context and {T + 1} different ones: {known}")
-    rng = np.random.default_rng(seed)
-    examples = []
+    piece = T // 4
+    first = T - piece
+    rng, examples = np.random.default_rng(seed), []
     for _ in range(n):
-        tokens, corrupted = (rng.choice(vocab_size, T, replace=False) for _ in range(2))
+        tokens, corrupted = (rng.choice(vocab_size, T, replace=False).tolist() for _ in range(2))
         start = rng.integers(0, first - piece)
-        clean = [*tokens[:first], *tokens[start : start + piece]]
         answer = tokens[start + piece]
         wrong = rng.choice([t for t in tokens[:first] if t != answer])
-        examples.append(([int(t) for t in clean], [int(t) for t in corrupted], int(answer), int(wrong)))
+        examples.append((tokens[:first] + tokens[start : start + piece], corrupted, answer, wrong))
     return stacked(examples)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # From a file
 
+KEYS = ["clean", "corrupted", "answer", "wrong_answer"]
+
 
 def from_file(path, tokenizer):
-    """One example per line, {"clean": text, "corrupted": text, "answer": text, "wrong_answer": text}; where
-    the last is left out, it is another line's answer. Raises UserError with the number of the first bad
-    line."""
-    try:  # not splitlines, which would break some JSON strings
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({error}): give a UTF-8 file of JSON lines")
+    """One example per line, a JSON object of texts by KEYS; where the last is left out, it is another line's
+    answer. Raises UserError that names the first bad line."""
     examples = []
-    for number, line in enumerate(lines, start=1):
-        where = f"{path} line {number}"
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
         try:
             record = json.loads(line)
-            texts = [record[key] for key in ("clean", "corrupted", "answer")]
-            texts += [record["wrong_answer"]] if "wrong_answer" in record else []
-            clean, corrupted, *answers = (tokenizer.encode("" + text).tolist() for text in texts)
+            keys = KEYS if "wrong_answer" in record else KEYS[:3]
+            clean, corrupted, *answers = (tokenizer.encode("" + record[key]).tolist() for key in keys)
+            if not clean or len(clean) != len(corrupted) or any(len(answer) != 1 for answer in answers):
+                lengths = [len(tokens) for tokens in (clean, corrupted, *answers)]
+                raise ValueError(f"the texts have {lengths} tokens")
         except (ValueError, KeyError, TypeError) as error:
-            wanted = "write a JSON object with clean, corrupted and answer"
-            raise UserError(f"{where}: {error!s:.80}: {wanted}")
-        if not clean or len(clean) != len(corrupted):
-            sizes = f"clean has {len(clean)} tokens, corrupted {len(corrupted)}"
-            raise UserError(f"{where}: {sizes}: give them equal lengths")
-        if any(len(answer) != 1 for answer in answers):
-            raise UserError(f"{where}: an answer is not one token: {texts[2:]}")
+            wanted = "write a JSON object with clean and corrupted, equally long, and an answer of one token"
+            raise UserError(f"{path} line {number}: {error!s:.80}: {wanted}")
         examples.append([clean, corrupted, *(answer for (answer,) in answers)])
     answers = [example[2] for example in examples]
     for number, example in enumerate(examples, start=1):
         if len(example) == 3:
-            others = [answer for answer in answers[number:] + answers[:number] if answer != example[2]]
-            if not others:
-                wrong = "has no wrong_answer, and no line another answer"
-                raise UserError(f"{path} line {number} {wrong}: add one")
-            example.append(others[0])
+            example += [answer for answer in answers[number:] + answers[:number] if answer != example[2]][:1]
+        if len(example) == 3:
+            raise UserError(f"{path} line {number} has no wrong_answer, no line another answer: add one")
     return stacked(examples)

@@ -36,7 +36,7 @@ class ByteTokenizer:
     vocab_size = 256
 
     def encode(self, text):
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, tokens):
         return bytes(int(t) for t in tokens).decode("utf-8", errors="replace")
@@ -62,9 +62,9 @@ class GPT2Tokenizer:
     def encode(self, text):
         """uint16 tokens. A long run of white space is cut before its last character, where the encoding cuts
         it, too: tiktoken's search for that place overflows its stack."""
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair: "?"
         ends = [run.end() - 1 for run in LONG_WHITE_SPACE.finditer(text) if run.end() < len(text)]
         parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
-        parts = [part.encode("utf-8", "replace").decode() for part in parts]  # half a surrogate pair: "?"
         parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
         return np.concatenate(parts).astype(np.uint16)
 

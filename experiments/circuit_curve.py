@@ -40,7 +40,7 @@ def curve(model, task, others, config):
     problem = Problem(model, task.clean, task.corrupted, task.positions, config.ablation, config.positions)
     random = torch.rand(problem.candidates.shape, generator=torch.Generator().manual_seed(config.seed))
     rankings = {"attribution": attribution(problem, task.answers, task.wrong), "random": random}
-    points, at_bound = {way: [] for way in ("edge pruning", *rankings)}, {}
+    points = {way: [] for way in ("edge pruning", *rankings)}
     for factor in (0.3, 1, 3, 30):
         bound = factor * config.bound
         ranking = circuits.search(problem, bound, config.steps, config.seed, config.batch_size)
@@ -50,7 +50,7 @@ def curve(model, task, others, config):
             masks[way] = problem.shortest_prefix(other, lambda mask: int(mask.sum()) >= n)
         for way, mask in masks.items():
             points[way].append({"bound": bound, **scores(problem.circuit(mask), others)})
-    at_bound["edge pruning"] = points["edge pruning"][1]["edges"]
+    at_bound = {"edge pruning": points["edge pruning"][1]["edges"]}
     for way, other in rankings.items():
         found = problem.shortest_prefix(other, lambda mask: problem.fits(mask, config.bound))
         at_bound[way] = int(found.sum())

@@ -1,6 +1,5 @@
 """
-Trained models on disk: this project's checkpoints, and a way to the weights of every kind that
-from_pretrained takes.
+Trained models on disk: this project's checkpoints, and the weights of every kind that from_pretrained takes.
 
 A checkpoint holds tensors and plain values only, and is loaded without running code (weights_only=True).
 """
@@ -30,26 +29,25 @@ class Pretrained(NamedTuple):
     tensors: Callable  # () -> (name, tensor) one after the other
 
     def dense_shape(self, block_size):
-        """The fields of a training configuration that a dense model decides. Raises UserError if it has
-        gates."""
-        shape = {key: self.model_config[key] for key in ("n_layer", "n_head", "n_embd", "bias", "block_size")}
+        """The fields of a training configuration that a dense model decides. Raises UserError for gates."""
+        shape = {key: self.model_config[key] for key in ("n_layer", "n_head", "n_embd", "bias")}
+        longest = self.model_config["block_size"]
         if self.model_config["gate"] != "none":
             raise UserError(f"--init_from {self.name} has gates already: give a dense model, as dense.pt")
-        if block_size < shape["block_size"]:
-            longer = f"{self.name} reads up to {shape['block_size']} tokens"
+        if block_size < longest:
+            longer = f"{self.name} reads up to {longest} tokens"
             print(f"note: {longer}, sequences have {block_size} (--block_size)")
-        return shape | {"block_size": min(block_size, shape["block_size"])}
+        return shape | {"block_size": min(block_size, longest)}
 
 
 def open_pretrained(source):
     """The Pretrained of what GPT.from_pretrained accepts. Raises UserError."""
     if isinstance(source, Pretrained):
         return source
-    if str(source) in gpt2_weights.MODELS and not Path(source).exists():
+    folder = Path(source)
+    if str(source) in gpt2_weights.MODELS and not folder.exists():
         folder = gpt2_weights.download(str(source))
-    elif Path(source).is_dir():
-        folder = Path(source)
-    else:
+    if not folder.is_dir():
         saved = load_checkpoint(source)
         known = (saved["model_config"], saved["tokenizer"], saved["trained_on"])
         return Pretrained(str(source), *known, lambda: saved["model"].items())
@@ -61,30 +59,27 @@ def open_pretrained(source):
 
 @torch.no_grad()
 def fill(model, pretrained):
-    """Copy a Pretrained's tensors into a model, whose gates it may lack. Returns {name: parameter} of these.
-    Raises UserError for a tensor that is missing, that has no place (gates may be left out) or another
-    shape."""
+    """Copy a Pretrained's tensors into a model; either may lack the other's gates. Returns {name: parameter}
+    of the gates that were not copied. Raises UserError for another tensor that is missing or does not fit."""
     waiting = dict(model.named_parameters())
     for name, tensor in pretrained.tensors():
+        if name.endswith("gate_bias") and model.config.gate == "none":
+            continue
         if name not in waiting:
-            if name.endswith("gate_bias") and model.config.gate == "none":
-                continue
             raise UserError(f"{pretrained.name} holds another model: there is no place for its tensor {name}")
         p = waiting.pop(name)
         if tensor.shape != p.shape:
             sizes = f"of shape {tuple(tensor.shape)}, the model needs {tuple(p.shape)}"
             raise UserError(f"{pretrained.name} has a tensor {name} {sizes}: give another")
         p.copy_(tensor)
-    gates_too = pretrained.model_config["gate"] != "none"
-    missing = [name for name in waiting if gates_too or not name.endswith("gate_bias")]
-    if missing:
-        raise UserError(f"{pretrained.name} is incomplete: its tensor {missing[0]} is missing")
+    for name in waiting:
+        if pretrained.model_config["gate"] != "none" or not name.endswith("gate_bias"):
+            raise UserError(f"{pretrained.name} is incomplete: its tensor {name} is missing")
     return waiting
 
 
 def save_model(model, path, tokenizer, trained_on):
-    """Write a finished model. tokenizer: the dataset's meta.json; trained_on: plain values that identify the
-    run."""
+    """Write a finished model. tokenizer: the dataset's meta.json; trained_on: plain values about the run."""
     saved = {"model_config": dataclasses.asdict(model.config), "model": model.state_dict()}
     save_checkpoint({"format": MODEL, **saved, "tokenizer": tokenizer, "trained_on": trained_on}, path)
 
@@ -96,8 +91,7 @@ def save_checkpoint(content, path):
 
 
 def load_checkpoint(path, format=MODEL):
-    """A dict that save_checkpoint wrote, on the CPU. Raises UserError if it is missing, damaged or of
-    another format."""
+    """A dict that save_checkpoint wrote, on the CPU. Raises UserError for a file that is not one of these."""
     path = Path(path)
     if not path.is_file():
         names = ", ".join(gpt2_weights.MODELS)

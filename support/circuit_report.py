@@ -6,7 +6,7 @@ from support.files import write_json
 from support.graph import reading
 from support.report import side_by_side
 
-ROWS = {  # figure of circuits.find_circuit or circuits.scores: (label, format)
+ROWS = {  # a figure of circuits.find_circuit or circuits.scores: (label, format)
     "candidates": ("edges of the model", ",d"),
     "edges": ("edges", ",d"),
     "heads": ("heads", "d"),
@@ -26,23 +26,23 @@ ROWS = {  # figure of circuits.find_circuit or circuits.scores: (label, format)
 
 def line(name, figures):
     """A circuit in one line."""
-    words = [f"{name:7} bound {figures['bound']:<7.4g} seed {figures['seed']}: {figures['edges']:>6,} edges"]
-    words.append(f"KL {figures['kl_searched']:.4f}  on others {figures['kl']:.4f}")
-    return "  ".join([*words, f"accuracy {figures['accuracy']:.2%}  {figures['seconds']:.0f} s"])
+    words = f"{name:7} bound {figures['bound']:<7.4g} seed {figures['seed']}: {figures['edges']:>6,} edges"
+    words += f"  KL {figures['kl_searched']:.4f}  on others {figures['kl']:.4f}"
+    return f"{words}  accuracy {figures['accuracy']:.2%}  {figures['seconds']:.0f} s"
 
 
 def table(circuits, reports):
     """circuits, reports: {model's name: [a Circuit, its figures per seed]}."""
-    rows = []
-    for key, (label, form) in ROWS.items():
-        rows.append((label, {name: format(figures[0][key], form) for name, figures in reports.items()}))
-    edges = {name: [figure["edges"] for figure in figures] for name, figures in reports.items()}
+    extra = []
     if len(circuits["dense"]) > 1:
-        rows.append(("edges, all seeds", {name: f"{min(n)} to {max(n)}" for name, n in edges.items()}))
-        rows.append(("overlap of seeds", {name: f"{overlap(found):.2f}" for name, found in circuits.items()}))
+        edges = {name: [figures["edges"] for figures in found] for name, found in reports.items()}
+        extra.append(("edges, all seeds", {name: f"{min(n)} to {max(n)}" for name, n in edges.items()}))
+        overlaps = {name: f"{overlap(found):.2f}" for name, found in circuits.items()}
+        extra.append(("overlap of seeds", overlaps))
+    lines = side_by_side({name: figures[0] for name, figures in reports.items()}, ROWS, 24, extra)
     ratio = ratio_of(reports)
-    words = "no edges to compare" if ratio is None else f"{ratio:.1f}"
-    return "\n".join([*side_by_side(reports, rows, 24), "", f"edges dense / sparse: {words}"])
+    words = f"{ratio:.1f}" if ratio else "no edges to compare"
+    return "\n".join([*lines, "", f"edges dense / sparse: {words}"])
 
 
 def overlap(circuits):
@@ -62,11 +62,10 @@ def write(folder, settings, circuits, reports, task, meta):
     first = {name: found[0] for name, found in circuits.items()}
     by_position = first["dense"].by_position
     ending = "_positions" if by_position else ""
-    paths = [folder / f"circuits{ending}.json"]
+    paths = [folder / f"circuits{ending}.json", *(folder / f"circuit{ending}_{name}.json" for name in first)]
     write_json({"settings": settings, **reports, "ratio": ratio_of(reports)}, paths[0])
-    for name, circuit in first.items():
-        paths.append(folder / f"circuit{ending}_{name}.json")
-        circuit.save(paths[-1])
+    for path, circuit in zip(paths[1:], first.values()):
+        circuit.save(path)
     shape = first["dense"].model.config
     if by_position:
         some = task.clean[:64]

@@ -18,6 +18,9 @@ import os
 import sys
 import traceback
 from functools import partial
+from operator import ge, gt, lt
+
+LIMITS = {"at_least": (ge, "at least"), "above": (gt, "more than"), "below": (lt, "less than")}
 
 
 class UserError(ValueError):
@@ -25,8 +28,7 @@ class UserError(ValueError):
 
 
 def option(default, help, at_least=None, above=None, below=None, choices=None, word=None):
-    """A dataclass field with one line of meaning and the values it may take. word: a value that is no
-    number."""
+    """A dataclass field: its meaning in one line, the values it may take. word: one that is no number."""
     limits = dict(help=help, at_least=at_least, above=above, below=below, choices=choices, word=word)
     return dataclasses.field(default=default, metadata=limits)
 
@@ -72,7 +74,7 @@ def parse(config, argv, doc=""):
 
 
 def reader(field):
-    """The function that turns a word into a value of the field's type."""
+    """The function that turns an argument into a value of the field's type."""
 
     def read(text):
         if text == field.metadata["word"]:
@@ -87,24 +89,19 @@ def reader(field):
 
 
 def check(config):
-    """Raise UserError for the first field outside its limits, then call the dataclass's own `check`, if
-    any."""
+    """Raise UserError for the first field outside its limits. Calls the dataclass's own `check`, too."""
     for field in dataclasses.fields(config):
         name, value, limits = f"--{field.name}", getattr(config, field.name), field.metadata
         if "count" in limits:
             if not limits["count"][0] <= len(value) <= limits["count"][1]:
                 raise UserError(f"give {limits['help']}: {len(value)} were given")
             continue
-        if limits["choices"] is not None and value not in limits["choices"]:
+        if limits["choices"] and value not in limits["choices"]:
             raise UserError(f"{name} is {value!r}: choose one of {', '.join(limits['choices'])}")
-        if limits["word"] is not None and value == limits["word"]:
-            continue
-        if limits["at_least"] is not None and not value >= limits["at_least"]:
-            raise UserError(f"{name} is {value}: give at least {limits['at_least']}")
-        if limits["above"] is not None and not value > limits["above"]:
-            raise UserError(f"{name} is {value}: give more than {limits['above']}")
-        if limits["below"] is not None and not value < limits["below"]:
-            raise UserError(f"{name} is {value}: give less than {limits['below']}")
+        for limit, (holds, words) in LIMITS.items():
+            is_free = limits[limit] is None or value == limits["word"]
+            if not is_free and not holds(value, limits[limit]):
+                raise UserError(f"{name} is {value}: give {words} {limits[limit]}")
     if hasattr(config, "check"):
         config.check()
 

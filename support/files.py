@@ -1,6 +1,5 @@
-"""Files that are whole or not there: saving, downloading."""
+"""Files that are whole or not there: reading text, saving, downloading."""
 
-import hashlib
 import json
 import os
 import urllib.request
@@ -10,6 +9,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.command_line import UserError
+
+
+def read_text(path):
+    """The text of a file, line ends as they are. Raises UserError if it is empty or not UTF-8."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}): give a file of UTF-8 text")
+    if not text:
+        raise UserError(f"{path} is empty: leave it out")
+    return text
 
 
 @contextmanager
@@ -47,9 +57,8 @@ def make_folder(path):
     return Path(path)
 
 
-def download(url, path, sha256=None):
-    """Fetch a file with a progress bar; path holds it only when it is whole, and has this SHA-256 if one is
-    given. Raises UserError."""
+def download(url, path):
+    """Fetch a file with a progress bar; path holds it only when it is whole. Raises UserError."""
     with replacing(path) as temporary:
         try:
             with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as file:
@@ -60,8 +69,6 @@ def download(url, path, sha256=None):
                         bar.update(len(data))
                 if file.tell() < size:
                     raise OSError("the connection ended early")
-            if sha256 and hashlib.sha256(temporary.read_bytes()).hexdigest() != sha256:
-                raise OSError("it is not the file it was")
         except OSError as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(f"cannot download {url} ({reason}): try again, or give the path of a copy")

@@ -1,16 +1,15 @@
 """
 GPT-2's weights, in and out: the layout in which Hugging Face's transformers keeps them.
 
-A folder with config.json and model.safetensors (or several files of these with an index, or
-pytorch_model.bin). Names are GPT-2's, as they are here, some with the prefix `transformer.`; the matrices of
-the four linear layers of a block are stored (in, out), transposed. Tensors are read one at a time: a model
-is in memory once while it loads.
+A folder with config.json and model.safetensors (or pytorch_model.bin, or several of these with an index).
+Names are GPT-2's, as they are here, some with the prefix `transformer.`; the matrices of the four linear
+layers of a block are stored (in, out), transposed. Safetensors are read one at a time: the model is in memory
+once while it loads.
 """
 
 import json
 import re
 import shutil
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,16 +36,16 @@ EXPECTED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size"}  # theirs: ours
-SIZES |= {name: name for name in ("n_layer", "n_head", "n_embd")}
+SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}  # theirs: ours
+SIZES["n_positions"] = "block_size"
 
 
-def download(name, hub=HUB):
+def download(name):
     """Fetch one of MODELS into PyTorch's cache, unless it is there. Returns the folder. Raises UserError."""
     folder = Path(torch.hub.get_dir()) / "nanosparse" / name
     for file in ("config.json", SAFETENSORS):
         if not (folder / file).is_file():
-            fetch(f"{hub}/{name}/resolve/main/{file}", folder / file)
+            fetch(f"{HUB}/{name}/resolve/main/{file}", folder / file)
     return folder
 
 
@@ -59,54 +58,53 @@ def read_config(folder):
         stored = json.loads(path.read_text(encoding="utf-8"))
         fields = {ours: int(stored[theirs]) for theirs, ours in SIZES.items()}
         gates = dict(stored.get("nanosparse", {}))
-    for key, values in EXPECTED.items():
+    for key, values in {**EXPECTED, "n_inner": (4 * fields["n_embd"], None)}.items():
         if stored.get(key, values[0]) not in values:
             raise UserError(f"{path} has {key} {stored[key]!r}, GPT-2 has {values[0]!r}: give a GPT-2 model")
-    if stored.get("n_inner") not in (None, 4 * fields["n_embd"]):
-        raise UserError(f"{path} has n_inner {stored['n_inner']}, GPT-2 has 4 * n_embd: give a GPT-2 model")
     return {**fields, "bias": True, "gate": "none", **gates}
 
 
 def read_tensors(folder):
     """(name, tensor) of every parameter, one after the other, named and turned as model.py has them. Raises
     UserError for missing or damaged files, and for a read-out that is not tied to the embedding."""
-    tied = {}
-    for name, tensor in stored_tensors(Path(folder)):
-        name = name.removeprefix("transformer.")
-        if name in ("wte.weight", "lm_head.weight"):
-            tied[name] = tensor
-        if name != "lm_head.weight" and not MASKS.match(name):
-            yield name, tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-    if len(tied) == 2 and not torch.equal(*tied.values()):
+    tied = []
+    for path in weight_files(Path(folder)):
+        for name, tensor in stored_tensors(path):
+            name = name.removeprefix("transformer.")
+            if name in ("wte.weight", "lm_head.weight"):
+                tied.append(tensor)
+            if name != "lm_head.weight" and not MASKS.match(name):
+                yield name, tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    if len(tied) == 2 and not torch.equal(*tied):
         raise UserError(f"{folder} has a lm_head.weight of its own: give a model with tied weights")
 
 
-def stored_tensors(folder):
-    """(name, tensor) as they are stored, from whichever files there are."""
+def weight_files(folder):
+    """The paths of a model's weights: of one file, or of those that an index names."""
     names = (SAFETENSORS, f"{SAFETENSORS}.index.json", BIN, f"{BIN}.index.json")
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"{folder} has no weights: give a folder with {SAFETENSORS} or {BIN}")
-    files = [found]
-    if found.suffix == ".json":
-        with damage_named(found):
-            parts = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / Path(name).name for name in dict.fromkeys(parts)]
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{path} is missing, and {found.name} names it: restore it")
-        with damage_named(path):
-            if path.suffix == ".bin":  # files of PyTorch before 1.6 are no zip files, and are read whole
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-                yield from state.items()
-                continue
-            with safetensors.safe_open(path, "pt") as file:
-                names = list(file.keys())
+    if found.suffix != ".json":
+        return [found]
+    with damage_named(found):
+        parts = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / Path(name).name for name in dict.fromkeys(parts)]
+
+
+def stored_tensors(path):
+    """(name, tensor) of one file, as they are stored."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, and the index of the weights names it: restore it")
+    with damage_named(path):
+        if path.suffix == ".bin":
+            yield from torch.load(path, map_location="cpu", weights_only=True).items()
+            return
+        with safetensors.safe_open(path, "pt") as file:
+            names = list(file.keys())
         for name in names:
-            # opened anew, which frees the pages of the last tensor
-            with damage_named(path), safetensors.safe_open(path, "pt") as file:
-                tensor = file.get_tensor(name)
-            yield name, tensor
+            with safetensors.safe_open(path, "pt") as file:  # anew: what was read before leaves the memory
+                yield name, file.get_tensor(name)
 
 
 @contextmanager
@@ -114,8 +112,6 @@ def damage_named(path):
     """Within it, any exception means that the file cannot be read: the libraries raise a dozen types."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}): get it again")
 
@@ -127,10 +123,9 @@ def write_folder(folder, config, named_tensors):
     for name, tensor in named_tensors:
         tensor = tensor.detach().cpu()
         tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-    for name, tensor in list(tensors.items()):
         if name.endswith(".weight") and name[:3] not in ("wte", "wpe"):
-            size = tensor.shape[-1]  # as stored, the last dimension is the output
-            tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(size))
+            bias = name.removesuffix("weight") + "bias"  # follows its weight, where there is one
+            tensors[bias] = torch.zeros(tensors[name].shape[-1])  # of the output, as stored
     stored = {
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in EXPECTED.items()},

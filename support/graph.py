@@ -1,5 +1,4 @@
-"""The graph of a model: which part writes to the residual stream, and which part reads what was written
-before."""
+"""The graph of a model: which part writes to the residual stream, and which reads what was written before."""
 
 import torch
 
@@ -52,12 +51,11 @@ class Graph:
         return {(self.writers[w], self.readers[r], p) for r, w, p in mask.nonzero().tolist()}
 
     def mask(self, edges, n_positions=1):
-        """The mask (R, W, P) of {(writer, reader)} or {(writer, reader, position)}. Raises ValueError,
-        KeyError or IndexError for an edge that the graph does not have."""
+        """The mask (R, W, P) of {(writer, reader)} or {(writer, reader, position)}. Raises ValueError or
+        IndexError for an edge that the graph does not have."""
         mask = torch.zeros(*self.edges.shape, n_positions, dtype=torch.bool)
         for writer, reader, *position in edges:
-            p = position[0] if position else 0
-            mask[self.readers.index(reader), self.writers.index(writer), p] = True
+            mask[self.readers.index(reader), self.writers.index(writer), position or 0] = True
         if (mask & ~self.edges[:, :, None]).any():
             raise ValueError("an edge runs backwards")
         return mask
@@ -67,10 +65,9 @@ def reading(circuit, idx):
     """Which token reads which in a circuits.Circuit, on prompts idx (B, T): the attention (pattern times
     gate), and whether its edges are open, both (L, B, H, T, T); zero and False where the head is not in the
     circuit (by position: its output at the query, or its key and value at the key)."""
-    graph, H = Graph(circuit.model.config.n_layer, circuit.model.config.n_head), circuit.model.config.n_head
-    mask, record = circuit.mask(idx.size(1)).to(idx.device), circuit.model.attention(idx)
-    edges = record.edges.clone()
-    for layer, (r, w) in enumerate(graph.layers):
+    H, record = circuit.model.config.n_head, circuit.model.attention(idx)
+    mask, edges = circuit.mask(idx.size(1)).to(idx.device), record.edges.clone()
+    for layer, (r, w) in enumerate(Graph(circuit.model.config.n_layer, H).layers):
         written = mask[:, w : w + H].any(dim=0)  # (H, P): something reads the head there
         read = mask[r + H : r + 3 * H].any(dim=1).view(2, H, -1).any(dim=0)  # (H, P): it reads there
         read = read if circuit.by_position else written

@@ -17,21 +17,21 @@ from support.command_line import UserError
 
 
 def find_device(name):
-    """auto -> the best device of this machine; cuda -> under torchrun this rank's own, cuda:N; else the name
-    itself. Raises UserError for a device that is not there."""
-    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name == "cpu" or (name == "mps" and mps):
-        return name
+    """auto -> the best device of this machine; cuda -> this rank's own, cuda:0 without torchrun; else the
+    name itself. Raises UserError for a device that is not there."""
     if name.startswith("cuda:") and world_size() > 1:
         raise UserError(f"--device is {name}, but each of {world_size()} ranks takes its own GPU: give cuda")
-    if name == "cuda" or (name.startswith("cuda:") and name[5:].isdigit()):
-        index = int(name[5:] or os.environ.get("LOCAL_RANK", 0))
-        if index >= cuda:
-            raise UserError(f"--device is {name}, but PyTorch sees {cuda} CUDA devices: choose auto or cpu")
-        return f"cuda:{index}" if world_size() > 1 else name
-    raise UserError(f"--device is {name!r}: choose auto, cpu, cuda, cuda:N" + (" or mps" if mps else ""))
+    n_cuda = torch.cuda.device_count()
+    known = ["cpu", *["mps"] * torch.backends.mps.is_available(), *(f"cuda:{n}" for n in range(n_cuda))]
+    if name == "cuda" or (name == "auto" and n_cuda):
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name == "auto":
+        name = known[-1]
+    if name in known:
+        return name
+    if name.startswith("cuda"):
+        raise UserError(f"--device is {name}, but PyTorch sees {n_cuda} CUDA devices: choose auto or cpu")
+    raise UserError(f"--device is {name!r}: choose auto, cpu, cuda, cuda:N or mps")
 
 
 def device_name(device):
@@ -57,8 +57,8 @@ def is_first():
 
 @contextmanager
 def joined(device):
-    """Within it the ranks can talk to each other, and only the first one's prints are seen. Raises UserError
-    if another rank is gone, which ends the run instead of waiting for it."""
+    """Within it the ranks can talk to each other, and only the first one's prints are seen. Raises UserError,
+    instead of waiting, if another rank is gone."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
@@ -103,28 +103,20 @@ def last_only(model, is_last):
 
 def mean(*numbers):
     """The means over the ranks, the same on each, as floats. numbers: scalar tensors, the first of all, and
-    plain numbers. One transfer from the device, one reduction."""
+    plain numbers. One transfer from the device, one exchange."""
     alike = dict(dtype=numbers[0].dtype, device=numbers[0].device)
     values = torch.stack([torch.as_tensor(n, **alike) for n in numbers]).cpu().double()
-    if world_size() > 1:
-        values = on_backend(values)
-        dist.all_reduce(values)
-        values = values / world_size()
-    return values.tolist()
+    return torch.stack(gathered(values)).mean(dim=0).tolist()
 
 
 def gathered(tensor):
     """The tensors of all ranks, in their order, on the CPU."""
     if world_size() == 1:
         return [tensor.cpu()]
-    mine = on_backend(tensor)
+    mine = tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
     theirs = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(theirs, mine)
     return [t.cpu() for t in theirs]
-
-
-def on_backend(tensor):
-    return tensor.to("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def wait():
@@ -135,5 +127,5 @@ def wait():
 def check_same(what, number):
     """Raise UserError if a number that all ranks compute for themselves is not the same on all."""
     numbers = [t.item() for t in gathered(torch.tensor(number, dtype=torch.float64))]
-    if any(other != numbers[0] for other in numbers):
+    if len(set(numbers)) > 1:
         raise UserError(f"{what} differs between the ranks ({numbers}), which is a bug: please report it")

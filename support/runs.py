@@ -24,13 +24,8 @@ from support.report import evaluate, progress_line, result_line
 PHASES = ("dense", "sparse", "control")
 
 
-class Interrupted(KeyboardInterrupt):
-    """The user stopped the run, and it was saved."""
-
-
 def resumed(config):
-    """(the configuration that the interrupted run in config.out_dir began with, the contents of its
-    last.pt)."""
+    """(configuration, contents of last.pt) of the interrupted run in config.out_dir. Raises UserError."""
     path = Path(config.out_dir) / "last.pt"
     if not path.is_file():
         raise UserError(f"there is nothing to resume: {path} does not exist; start without --resume")
@@ -45,30 +40,29 @@ def resumed(config):
 
 def check_folder(config):
     """Raise UserError if config.out_dir holds a run with other settings, or one that was interrupted."""
-    last, summary = (Path(config.out_dir) / name for name in ("last.pt", "summary.json"))
-    if not last.is_file() and not summary.is_file():
-        return
-    stored = json.loads(summary.read_text("utf-8")) if summary.is_file() else load_checkpoint(last, RUN)
-    old, new = stored["config"], dataclasses.asdict(config)
-    different = [name for name in new if old.get(name) != new[name] and name not in ("resume", "out_dir")]
-    if different:
-        changes = "; ".join(f"{name} was {old.get(name)}, now {new[name]}" for name in different)
-        raise UserError(f"{config.out_dir} holds a run with other settings ({changes}): give another --out_dir")
-    if not summary.is_file():
-        raise UserError(f"{config.out_dir} holds an interrupted run: --resume it, or give another --out_dir")
+    folder = Path(config.out_dir)
+    if (folder / "summary.json").is_file():
+        old = json.loads((folder / "summary.json").read_text("utf-8"))["config"]
+        new = dataclasses.asdict(config) | {name: old[name] for name in ("resume", "out_dir")}
+        different = [name for name in new if old.get(name) != new[name]]
+        if different:
+            changes = "; ".join(f"{name} was {old.get(name)}, now {new[name]}" for name in different)
+            raise UserError(f"{folder} holds a run with other settings ({changes}): give another --out_dir")
+    elif (folder / "last.pt").is_file():
+        raise UserError(f"{folder} holds an interrupted run: --resume it, or give another --out_dir")
 
 
 class Run:
     """The folder of a run, and what its phases share. saved: the contents of last.pt when resuming, else
-    None; stop: a list that is not empty once the user wants to stop (signals_noted)."""
+    None; stop: a list that fills once the user wants to stop (signals_noted)."""
 
     def __init__(self, config, data, device, folder, saved, stop):
         self.config, self.data, self.device, self.folder = config, data, device, folder
         self.saved, self.stop, self.log_path = saved, stop, folder / "log.jsonl"
-        self.tokens = config.batch_size * config.gradient_accumulation_steps * data.sequence_tokens  # per step
+        self.step_tokens = config.batch_size * config.gradient_accumulation_steps * data.sequence_tokens
         if ranks.is_first():
             (folder / "summary.json").unlink(missing_ok=True)  # of the run before
-            with self.writing(), open(self.log_path, "ab") as file:
+            with open(self.log_path, "ab") as file:
                 file.truncate(min(saved["log_length"], file.tell()) if saved else 0)
 
     def autocast(self):
@@ -85,11 +79,10 @@ class Run:
         return self.saved is not None and PHASES.index(phase) < PHASES.index(self.saved["phase"])
 
     def begin(self, phase, steps, model, optimizer, generator, bound):
-        """Start a phase, or take up the one in which the run was interrupted. Returns the steps that are
-        done."""
+        """Start a phase, or take up the interrupted one. Returns the number of steps that are done."""
         self.phase, self.steps, self.step, self.recent, self.log_loss = phase, steps, 0, [], None
-        self.model, self.bound, self.started = model, bound, time.time()
-        self.parts = {"model": model, "optimizer": optimizer, "generator": generator, "bound": bound}
+        self.model, self.generator, self.bound, self.started = model, generator, bound, time.time()
+        self.parts = {"model": model, "optimizer": optimizer} | ({} if bound is None else {"bound": bound})
         if self.saved is None:
             self.validate()
             self.save()
@@ -99,7 +92,7 @@ class Run:
         return self.step
 
     def after_step(self, step, loss, stats, learning_rate, stop):
-        """Log, evaluate and save where it is time to. Raises Interrupted, with everything saved, to stop."""
+        """Log, evaluate and save where it is time to. Raises KeyboardInterrupt to stop, when all is saved."""
         self.step = step
         self.recent.append(loss)
         if step % self.config.log_interval == 0 or step == self.steps:
@@ -109,7 +102,7 @@ class Run:
                 ranks.check_same("the multiplier", self.bound.multiplier)
                 line |= {"bound": self.bound.bound, "multiplier": self.bound.multiplier}
                 line |= {key: getattr(stats, key).mean().item() for key in ("expected_edges", "hard_edges")}
-            line |= {"learning_rate": learning_rate, "tokens_per_second": step * self.tokens / seconds}
+            line |= {"learning_rate": learning_rate, "tokens_per_second": step * self.step_tokens / seconds}
             self.log(line)
             print(progress_line(line, self.steps, seconds), flush=True)
             self.recent.clear()
@@ -118,16 +111,17 @@ class Run:
         if step % self.config.eval_interval == 0 or stop:
             self.save()
         if stop:
-            raise Interrupted(f"{self.phase} after step {step} of {self.steps}, and saved: --resume goes on")
+            done = f"{self.phase} after step {step} of {self.steps}"
+            raise KeyboardInterrupt(f"{done}, and saved: --resume goes on")
 
     def end(self):
-        """How the phase trained its model, plain values. training_loss: the mean since the log's last
-        line."""
-        seconds, trained = time.time() - self.started, {}
-        if self.bound is not None:
-            trained = {"training_bound": self.bound.bound, "training_loss": self.log_loss}
-        speed = self.steps * self.tokens / seconds
-        return {**trained, "steps": self.steps, "seconds": seconds, "tokens_per_second": speed}
+        """How the phase trained its model, plain values. training_loss: as in the log's last line."""
+        seconds = time.time() - self.started
+        speed = self.steps * self.step_tokens / seconds
+        trained = {"steps": self.steps, "seconds": seconds, "tokens_per_second": speed}
+        if self.bound is None:
+            return trained
+        return trained | {"training_bound": self.bound.bound, "training_loss": self.log_loss}
 
     def validate(self):
         """Evaluate on eval_iters validation batches; log and print the result."""
@@ -139,14 +133,11 @@ class Run:
 
     def log(self, line):
         """Append a dict to log.jsonl."""
-        if ranks.is_first():
-            with self.writing(), open(self.log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    @contextmanager
-    def writing(self):
+        if not ranks.is_first():
+            return
         try:
-            yield
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.log_path} ({error.strerror}): make room, then --resume")
 
@@ -159,20 +150,19 @@ class Run:
             kept = {name: getattr(self, name) for name in ("phase", "step", "recent", "log_loss")}
             kept |= {"config": dataclasses.asdict(self.config), "noise": noise, "noise_cuda": noise_cuda}
             kept |= {"seconds": time.time() - self.started, "log_length": self.log_path.stat().st_size}
-            kept["parts"] = {name: state_of(part) for name, part in self.parts.items()}
+            kept |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
+            kept |= {"generator": self.generator.get_state()}
             save_checkpoint({"format": RUN, **kept}, self.folder / "last.pt")
 
     def restore(self):
-        """What save wrote, back in its places. Raises UserError if the code has changed too much for that."""
+        """What save wrote, back in its places. Raises UserError if it does not fit the code."""
         saved, self.saved = self.saved, None
         self.step, self.recent, self.log_loss = saved["step"], saved["recent"], saved["log_loss"]
         self.started = time.time() - saved["seconds"]
         try:
+            self.generator.set_state(saved["generator"])
             for name, part in self.parts.items():
-                if isinstance(part, torch.Generator):
-                    part.set_state(saved["parts"][name])
-                elif part is not None:
-                    part.load_state_dict(saved["parts"][name])
+                part.load_state_dict(saved["parts"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             wrong = f"{self.folder / 'last.pt'} does not fit this code ({str(error).splitlines()[0]})"
             raise UserError(f"{wrong}: start over in another --out_dir, or after `make clean`")
@@ -181,8 +171,7 @@ class Run:
             torch.cuda.set_rng_state(saved["noise_cuda"][ranks.rank()])
 
     def draw(self, dense, sparse):
-        """attention.png, arcs.png and training.png, of plot_text or the beginning of the validation split.
-        Returns their paths."""
+        """Write attention.png and arcs.png, of plot_text or the validation split, and training.png: paths."""
         tokenizer, config = tokenizer_of(self.data.meta), self.config
         idx = next(self.data.sequential("val", 1))[0][:, :24]
         if config.plot_text:
@@ -199,12 +188,6 @@ class Run:
         return [pictures.save(figure, self.folder / name) for name, figure in figures.items()]
 
 
-def state_of(part):
-    if isinstance(part, torch.Generator):
-        return part.get_state()
-    return part and part.state_dict()
-
-
 def code_of(file):
     """A hash of one of the project's source files."""
     return hashlib.sha256((Path(__file__).parent.parent / file).read_bytes()).hexdigest()[:12]
@@ -217,20 +200,16 @@ def read_log(path):
 
 @contextmanager
 def signals_noted():
-    """Within it, the first Ctrl-C or SIGTERM only puts its number into the list that this yields; a second
-    is real."""
-    stop, old = [], {}
+    """Within it, the first Ctrl-C or SIGTERM only goes into the list that this yields; a second is real."""
+    stop, old = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame):
         stop.append(number)
         signal.signal(number, old[number])
         print("\nstopping after this step; once more stops at once", flush=True)
 
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals go elsewhere
-        pass
+    for number in old:
+        signal.signal(number, note)
     try:
         yield stop
     finally:

@@ -2,17 +2,13 @@
 
 import numpy as np
 
+from data.tokenizer import ByteTokenizer
 
-class Letters:
+
+class Letters(ByteTokenizer):
     """Bytes as tokens, and an end of text."""
 
     vocab_size, end_of_text = 257, 256
-
-    def encode(self, text):
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.uint16)
-
-    def meta(self):
-        return {"tokenizer": "byte", "vocab_size": self.vocab_size}
 
 
 def split_texts(folder, split):

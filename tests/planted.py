@@ -22,7 +22,7 @@ def empty(n_layer):
     model = GPT(GPTConfig(block_size=V, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=C))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.fill_(1.0 if name.endswith(("ln_1.weight", "ln_2.weight")) else 8.0 if name == "ln_f.weight" else 0.0)
+            p.fill_(8.0 if name == "ln_f.weight" else 1.0 if ".ln_" in name and "weight" in name else 0.0)
         model.wte.weight[:, TOKEN] = model.wpe.weight[:, POSITION] = torch.eye(V)
         model.wte.weight[:, BALANCE] = model.wpe.weight[:, BALANCE] = -1 / V
     return model.eval()
@@ -43,8 +43,7 @@ def add_head(model, layer, head, query, key, value, to, gain=GAIN):
 
 @torch.no_grad()
 def add_mlp(model, layer, read, matrix, to):
-    """One hidden unit per dimension of the slot `read`; its answer is matrix times that slot, written to the
-    slot `to`."""
+    """A hidden unit per dimension of the slot `read`; matrix times that slot is written to the slot `to`."""
     mlp = model.h[layer].mlp
     mlp.c_fc.weight[:V, read] = torch.eye(V)
     mlp.c_proj.weight[to, :V] = GAIN * matrix
@@ -90,13 +89,12 @@ def induction():
         prompts[:, -1] = prompts[torch.arange(n), first]  # the last token was seen before
         return prompts
 
-    edges = {("embed", "a0.h0.v"), ("a0.h0", "a1.h1.k"), ("embed", "a1.h1.q"), ("embed", "a1.h1.v"), ("a1.h1", "logits")}
-    return model, repeating_prompts, edges
+    edges = {("embed", "a0.h0.v"), ("a0.h0", "a1.h1.k"), ("embed", "a1.h1.q"), ("embed", "a1.h1.v")}
+    return model, repeating_prompts, edges | {("a1.h1", "logits")}
 
 
 def distractor():
-    """Head 0 copies the first token to the answer; head 1 copies the second as strongly to where nobody
-    reads."""
+    """Head 0 copies the first token to the answer; head 1 the second as strongly to where nobody reads."""
     model = empty(1)
     add_head(model, 0, 0, *at(0), TOKEN, TOKEN)
     add_head(model, 0, 1, *at(1), TOKEN, B)

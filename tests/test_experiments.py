@@ -32,7 +32,8 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
 def test_the_low_rank_gates_of_the_docs(monkeypatch):
     """The code block of docs/gates.md makes a model that a dense one's weights fit, and that trains."""
     monkeypatch.setattr(model, "Attention", model.Attention)
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/gates.md").read_text("utf-8"), flags=re.M | re.S)
+    text = (ROOT / "docs/gates.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
     exec(code, {})
     net, idx = tiny(gate="hard_concrete").train(), torch.randint(13, (2, 8))
     _, loss, stats = net(idx, idx, return_stats=True)

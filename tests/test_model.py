@@ -24,13 +24,12 @@ def tiny(seed=0, **overrides):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(0.4 * torch.randn(p.shape, generator=generator))  # the biases of the gates, too: some are closed
+            p.copy_(0.4 * torch.randn(p.shape, generator=generator))  # gates' biases, too: some are closed
     return model.eval()
 
 
 def numpy_forward(model, tokens):
-    """GPT-2 as its paper's equations say, for one sequence: (T,) -> logits (T, V). Shares no code with
-    model.py."""
+    """GPT-2 as its paper's equations say, for one sequence: (T,) -> logits (T, V)."""
     w = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     H = model.config.n_head
 
@@ -81,33 +80,22 @@ def test_logits_and_loss_equal_an_independent_numpy_forward_pass(gate):
     assert loss.item() == pytest.approx(-log_p[wanted, targets[wanted]].mean(), abs=1e-6)
     last, none = model(torch.tensor(tokens)[None])
     assert none is None and last.shape == (1, 1, 13) and torch.allclose(last[0, 0], logits[0, -1])
+    n_open = model.attention(torch.tensor(tokens)[None]).edges.sum()
+    assert n_open == 84 if gate == "none" else 0 < n_open < 84, "there must be open and closed gates"
 
 
-def test_gates_can_close_in_the_numpy_comparison():
-    """Otherwise the comparison above would say nothing about them."""
-    edges = tiny(gate="hard_concrete").attention(torch.tensor([[3, 1, 12, 0, 7, 7]])).edges
-    causal = torch.ones(6, 6).tril().bool()
-    assert 0 < edges[..., causal].float().mean() < 1
-
-
-def test_stats_have_a_row_per_layer():
-    idx = torch.zeros(2, 5, dtype=torch.long)
-    _, _, stats = tiny(gate="bernoulli")(idx, idx, return_stats=True)
-    assert all(figure.shape == (2, 2) for figure in stats)
-    _, _, stats = tiny()(idx, idx, return_stats=True)
+def test_stats_have_a_row_per_layer_and_training_samples_the_gates():
+    model, idx = tiny(gate="hard_concrete"), torch.randint(13, (4, 8))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    assert all(figure.shape == (2, 2) for figure in model(idx, idx, return_stats=True)[2])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    stats = tiny()(idx, idx, return_stats=True)[2]
     assert (stats.hard_edges == 1).all() and (stats.mass_removed == 0).all()
 
 
-def test_training_samples_the_gates_and_evaluation_does_not():
-    model, idx = tiny(gate="hard_concrete"), torch.randint(13, (4, 8))
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
-
-
 @pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli"])
-def test_dense_weights_load_into_a_gated_model_that_starts_as_the_dense_one(gate):
-    """If the bias is large enough."""
+def test_with_a_large_bias_a_gated_model_starts_as_the_dense_one(gate):
     dense = tiny()
     gated = GPT(GPTConfig(**TINY, gate=gate, gate_bias=50.0)).eval()
     gated.load_state_dict(dense.state_dict(), strict=False)
@@ -208,26 +196,25 @@ def test_two_programs_that_save_at_once_do_not_meet(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "foreign", "pickle", "empty"])
-def test_damaged_and_foreign_checkpoints_are_named(tmp_path, damage):
+def test_foreign_checkpoints_are_named(tmp_path):
     path = tmp_path / "model.pt"
-    save_model(tiny(), path, {}, {})
-    if damage == "foreign":
-        torch.save({"state_dict": {}}, path)
-    elif damage == "pickle":
-        torch.save({"format": "nanosparse model", "code": HardConcrete()}, path)
-    else:
-        path.write_bytes({"truncated": path.read_bytes()[:1000], "text": b"hello", "empty": b""}[damage])
-    with pytest.raises(UserError, match="model.pt is (damaged|no nanosparse model)"):
+    path.write_text("hello")
+    with pytest.raises(UserError, match="model.pt is damaged or no PyTorch checkpoint"):
         GPT.from_pretrained(path)
+    for content, words in [
+        ({"state_dict": {}}, "is no nanosparse model"),
+        ({"format": "nanosparse model", "code": HardConcrete()}, "is damaged"),
+    ]:
+        torch.save(content, path)
+        with pytest.raises(UserError, match=words):
+            GPT.from_pretrained(path)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_an_altered_checkpoint_is_named_or_unharmed(tmp_path, seed):
-    """A byte changed, or the end cut off, anywhere: an error, or exactly what was saved (some bytes are
-    padding)."""
+    """A byte changed, or the end cut off: an error, or exactly what was saved (some bytes are padding)."""
     path, random, model = tmp_path / "model.pt", Random(seed), tiny()
-    save_model(model, path, {"tokenizer": "byte", "vocab_size": 13}, {"seed": 1})
+    save_model(model, path, {}, {})
     content = bytearray(path.read_bytes())
     place = random.randrange(len(content))
     if seed % 4 == 0:
@@ -240,7 +227,8 @@ def test_an_altered_checkpoint_is_named_or_unharmed(tmp_path, seed):
     except UserError as error:
         assert "model.pt is" in str(error)
     else:
-        assert seed % 4 and all(torch.equal(p, loaded["model"][name]) for name, p in model.state_dict().items())
+        assert seed % 4, "the end is gone"
+        assert all(torch.equal(p, loaded["model"][name]) for name, p in model.state_dict().items())
         assert loaded["model_config"] == asdict(model.config)
 
 
@@ -251,16 +239,11 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
     wrong = {
         r"wte.weight of shape \(13, 8\), the model needs \(13, 16\)": {"model_config": {"n_embd": 16}},
         "a setting gate_rank of another version": {"model_config": {"gate_rank": 16}},
-        "there is no place for its tensor h.9.x": {"model": {"h.9.x": torch.zeros(1)}},
     }
     for sentence, change in wrong.items():
         save_checkpoint(saved | {key: saved[key] | values for key, values in change.items()}, path)
         with pytest.raises(UserError, match=sentence):
             GPT.from_pretrained(path)
-    del saved["model"]["h.1.ln_2.bias"]
-    save_checkpoint(saved, path)
-    with pytest.raises(UserError, match="h.1.ln_2.bias is missing"):
-        GPT.from_pretrained(path)
 
 
 def test_impossible_shapes_are_explained():

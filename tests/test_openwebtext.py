@@ -1,11 +1,11 @@
-"""OpenWebText's archives to token files: what comes out, what is left out, what ends a run, and what is kept
-then."""
+"""OpenWebText's archives to token files: what comes out, what is left out, what an interrupted run keeps."""
 
 import http.server
 import io
 import lzma
 import tarfile
 import threading
+from functools import partial
 
 import pytest
 
@@ -16,14 +16,15 @@ from tests.letters import Letters, split_texts
 
 
 def tar(members):
-    """A tar of (name, bytes), or TarInfo objects."""
+    """A tar of (name, bytes); members without bytes are links to /etc/passwd."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for member in members:
-            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member[0])
-            if info is not member:
-                info.size = len(member[1])
-            archive.addfile(info, None if info is member else io.BytesIO(member[1]))
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content or b"")
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(info, io.BytesIO(content or b""))
     return file.getvalue()
 
 
@@ -33,6 +34,11 @@ def packed(texts):
 
 
 TEXTS = [[[f"document {a}.{m}.{d}, café " * (d + 1) for d in range(4)] for m in range(5)] for a in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def letters(monkeypatch):
+    monkeypatch.setattr(prepare, "GPT2Tokenizer", Letters)
 
 
 @pytest.fixture
@@ -47,11 +53,11 @@ def folder(tmp_path):
 
 
 def run(folder, out, subsets=21, val_fraction=0.3):
-    return prepare.prepare_openwebtext(subsets, folder and str(folder), out, val_fraction, Letters())
+    return prepare.prepare_openwebtext(subsets, folder, out, val_fraction)
 
 
 def texts_of(out):
-    return [text for split in ("train", "val") for text in split_texts(out, split)]
+    return sorted(split_texts(out, "train") + split_texts(out, "val"))
 
 
 def contents(out):
@@ -60,7 +66,7 @@ def contents(out):
 
 def test_every_document_is_there_once_with_its_end(tmp_path, folder, capsys):
     meta = run(folder, tmp_path / "data" / "mine")
-    assert sorted(texts_of(tmp_path / "data" / "mine")) == sorted(t for a in TEXTS for m in a for t in m)
+    assert texts_of(tmp_path / "data" / "mine") == sorted(t for a in TEXTS for m in a for t in m)
     assert "20 documents" in capsys.readouterr().out
     assert len(Dataset("mine", 16, tmp_path / "data").tokens["val"]) == meta["val_tokens"] > 100
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["mine"]
@@ -69,23 +75,21 @@ def test_every_document_is_there_once_with_its_end(tmp_path, folder, capsys):
 def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(openwebtext, "PACKED", 2000)
     monkeypatch.setattr(openwebtext, "UNPACKED", 20_000)
-    good, link, folder = packed(["good", "also good"]), tarfile.TarInfo("link.xz"), tarfile.TarInfo("folder")
-    link.type, link.linkname, folder.type = tarfile.SYMTYPE, "/etc/passwd", tarfile.DIRTYPE
+    good = packed(["good", "also good"])
     inner = [("a.txt", b"\xff\xfe"), ("b.txt", b" \n"), (".c.txt", b"hidden"), ("./d.txt", b"good again")]
     inner += [("e.pdf", b"%PDF"), ("../../outside.txt", b"good too"), ("/outside.txt", b"and this")]
-    # a header that claims a dictionary of 4 GiB, which unpacking would have to hold
-    header = lzma.compress(tar([("x.txt", b"x")]), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}])
-    outer = [folder, link, ("1.xz", good), ("2.xz", good[:-20]), ("3.xz", good[:100] + bytes(4) + good[104:])]
-    outer += [("4.xz", lzma.compress(b"no tar")), ("5.xz", lzma.compress(tar([("x.txt", b"lost")])[:700]))]
-    outer += [("6.xz", lzma.compress(bytes(30_000))), ("7.xz", bytes(3000)), ("._1.xz", good), ("README", b"")]
-    outer += [("8.xz", lzma.compress(tar(inner))), ("9.xz", header)]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "x.tar").write_bytes(tar(outer))
-    run(tmp_path / "in", tmp_path / "deep" / "out", val_fraction=0.5)
-    found = sorted(texts_of(tmp_path / "deep" / "out"))
-    assert found == sorted(["good", "also good", "good again", "good too", "and this"])
-    reasons = "6 damaged, 1 empty, 2 hidden or no .txt file, 3 hidden or no .xz file, 1 not UTF-8, 1 too large"
-    assert f"5 documents (left out: {reasons})" in capsys.readouterr().out
+    # claims a dictionary of 256 MiB, which unpacking would have to hold
+    large = lzma.compress(tar([("x.txt", b"x")]), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}])
+    damaged = [good[:-20], good[:100] + bytes(4) + good[104:], lzma.compress(b"no tar"), large]
+    damaged += [lzma.compress(tar([("x.txt", b"lost")])[:700]), lzma.compress(bytes(30_000))]
+    outer = [("good.xz", good), ("inner.xz", lzma.compress(tar(inner))), ("large.xz", bytes(3000))]
+    outer += [("link.xz", None), ("._good.xz", good), ("README", b"")]
+    outer += [(f"{i}.xz", content) for i, content in enumerate(damaged)]
+    (tmp_path / "x.tar").write_bytes(tar(outer))
+    run(tmp_path, tmp_path / "deep" / "out", val_fraction=0.5)
+    assert texts_of(tmp_path / "deep" / "out") == ["also good", "and this", "good", "good again", "good too"]
+    reasons = "6 damaged, 1 empty, 2 hidden or no .txt file, 3 hidden or no .xz file, 1 not UTF-8"
+    assert f"5 documents (left out: {reasons}, 1 too large)" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*outside*"))
 
 
@@ -105,31 +109,26 @@ def test_a_damaged_archive_is_named_and_the_finished_ones_are_kept(tmp_path, fol
     assert not (tmp_path / "out.parts").exists()
 
 
-def test_missing_archives(tmp_path, program, monkeypatch):
-    monkeypatch.setattr(prepare, "GPT2Tokenizer", Letters)
-    code, _, err = program(prepare.main, "openwebtext", f"--folder={tmp_path}", f"--data_dir={tmp_path}/d")
-    assert code == 2 and "with archives *.tar: check the path" in err
+def test_missing_archives_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="there is no folder .* with archives .*: check the path"):
+        run(tmp_path, tmp_path / "out")
 
 
 def test_archives_are_downloaded_and_a_broken_download_is_noticed(tmp_path, folder, monkeypatch):
-    broken = []
+    broken = ["/urlsf_subset01.tar"]
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            data = (folder / self.path[1:]).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2] if self.path in broken else data)
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def copyfile(self, source, output):
+            data = source.read()
+            output.write(data[: len(data) // 2] if self.path in broken else data)
 
         def log_message(self, *words):
             pass
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setattr(openwebtext, "URL", f"http://127.0.0.1:{server.server_port}/")
-        broken.append("/urlsf_subset01.tar")
         with pytest.raises(UserError, match=r"cannot download .*subset01.tar \(.*ended early\): try again"):
             run(None, tmp_path / "out", subsets=3)
         broken.clear()

@@ -1,11 +1,9 @@
-"""Several ranks on one machine, started by torchrun as a user would, over gloo: they train what one process
-trains."""
+"""Two ranks, started by torchrun as a user would, over gloo: they train what one process trains."""
 
 import json
 import os
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 
 import pytest
@@ -15,24 +13,19 @@ import gates
 import train as train_module
 from support import ranks, runs
 from support.checkpoints import RUN, load_checkpoint
+from support.command_line import UserError
 from tests.conftest import ROOT
 from tests.test_train import SMALL
 
-OPTIONS = dict(gate_bias="auto", activation_checkpointing=True)
 PROGRAM = """
 import os, signal, sys
-from dataclasses import replace
 
-import torch
-
-import gates, train
-from support import command_line, runs
-from tests.test_ranks import FEW_STEPS, OPTIONS, fix_the_noise, take_the_kernels
-from tests.test_train import SMALL
+import train
+from support import command_line
+from tests.test_ranks import train_small
 
 scenario, data_dir, out_dir, *words = sys.argv[1:]
 rank, step, calls = int(os.environ["RANK"]), train.training_step, []
-sys.argv[1:] = []
 
 
 def training_step(model, *others):
@@ -46,35 +39,35 @@ def training_step(model, *others):
     return step(model, *others)
 
 
-train.training_step, runs.Run.draw = training_step, lambda *_: []
-if scenario == "fixed":
-    fix_the_noise()
-settings = dict(data_dir=data_dir, out_dir=out_dir, bias=False, dropout=0.0, resume="resume" in words)
-if scenario == "fused":
-    take_the_kernels()
-    settings |= FEW_STEPS
-if scenario == "fixed":
-    settings |= OPTIONS
-    torch.set_default_dtype(torch.float64)
-command_line.run(lambda argv: train.train(replace(SMALL, gradient_accumulation_steps=4, **settings)))
+train.training_step = training_step
+command_line.run(lambda argv: train_small(scenario, data_dir, out_dir, resume="resume" in words))
 """
 
 
-def fix_the_noise():
-    """Gates are sampled with the same uniforms everywhere, so that it does not matter which rank samples
-    them."""
-    sample = gates.HardConcrete.sample
-    gates.HardConcrete.sample = lambda self, log_alpha, u=None: sample(self, log_alpha, torch.full_like(log_alpha, 0.5))
+def train_small(scenario, data_dir, out_dir, resume=False, replaced=setattr):
+    """A run of four micro-steps per step. fixed: in float64, all gates with the same uniforms, so that it
+    does not matter which rank samples them; fused: in Triton's interpreter, with one seed."""
+    config = replace(SMALL, data_dir=str(data_dir), out_dir=str(out_dir), resume=resume)
+    config = replace(config, gradient_accumulation_steps=4, bias=False, dropout=0.0)
+    replaced(runs.Run, "draw", lambda *_: [])
+    if scenario == "fixed":
+        sample = gates.HardConcrete.sample
+        half = lambda self, log_alpha, u=None: sample(self, log_alpha, torch.full_like(log_alpha, 0.5))
+        replaced(gates.HardConcrete, "sample", half)
+        config = replace(config, gate_bias="auto", activation_checkpointing=True)
+        torch.set_default_dtype(torch.float64)
+    if scenario == "fused":
+        take_the_kernels(replaced)
+        config = replace(config, n_layer=1, n_head=1, batch_size=2, sparsify_steps=3)  # it is slow
+    try:
+        train_module.train(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
-FEW_STEPS = dict(n_layer=1, n_head=1, batch_size=2, sparsify_steps=3)  # Triton's interpreter is slow
-
-
-def take_the_kernels(replace=setattr):
-    """Train with fused attention in Triton's interpreter, with the same noise everywhere, and evaluate with
-    the reference."""
+def take_the_kernels(replaced):
+    """Train with fused attention, evaluate with the reference."""
     import fused_attention
-    import train
 
     def attend(q, k, v, bias, gate, training):
         return (fused_attention if training else gates).gated_attention(q, k, v, bias, gate, training)
@@ -84,15 +77,15 @@ def take_the_kernels(replace=setattr):
             block.attn.attend = attend
         return "fused, in the interpreter"
 
-    replace(train, "choose_attention", choose_attention)
-    replace(fused_attention, "BLOCKS", (32, 32))
-    replace(fused_attention, "new_seed", lambda device: torch.tensor([7], device=device))
+    replaced(train_module, "choose_attention", choose_attention)
+    replaced(fused_attention, "BLOCKS", (32, 32))
+    replaced(fused_attention, "new_seed", lambda device: torch.tensor([7], device=device))
 
 
 @pytest.fixture
 def torchrun(tmp_path, data_dir):
     """Run PROGRAM on two ranks -> (exit code, stdout, stderr)."""
-    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    (tmp_path / "program.py").write_text(PROGRAM)
 
     def run(scenario, folder, *words):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -104,10 +97,6 @@ def torchrun(tmp_path, data_dir):
     return run
 
 
-def differences(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a)
-
-
 def multipliers(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line["multiplier"] for line in lines if "multiplier" in line]
@@ -116,35 +105,27 @@ def multipliers(folder):
 def assert_alike(one, two, tolerance):
     """Two runs' folders hold the same models and multipliers."""
     for name in ("dense.pt", "sparse.pt"):
-        assert differences(*(load_checkpoint(folder / name)["model"] for folder in (one, two))) < tolerance
-    assert multipliers(one) == pytest.approx(multipliers(two), abs=tolerance)
+        a, b = (load_checkpoint(folder / name)["model"] for folder in (one, two))
+        assert all((a[key] - b[key]).abs().max() <= tolerance for key in a)
+    assert multipliers(one) == pytest.approx(multipliers(two), abs=tolerance, rel=0)
 
 
-def test_two_ranks_train_what_one_process_with_twice_the_micro_steps_trains(torchrun, tmp_path, data_dir, monkeypatch, request):
+def test_two_ranks_train_what_one_process_trains(torchrun, tmp_path, data_dir, monkeypatch):
     code, out, err = torchrun("fixed", "two")
     assert code == 0, err
     assert out.count("writing to") == 1 and "hard edges" in out
-    monkeypatch.setattr(gates.HardConcrete, "sample", gates.HardConcrete.sample)
-    monkeypatch.setattr(runs.Run, "draw", lambda *_: [])
-    fix_the_noise()
-    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    torch.set_default_dtype(torch.float64)
-    settings = dict(data_dir=str(data_dir), out_dir=str(tmp_path / "one"), bias=False, dropout=0.0)
-    train_module.train(replace(SMALL, gradient_accumulation_steps=4, **OPTIONS, **settings))
+    train_small("fixed", data_dir, tmp_path / "one", replaced=monkeypatch.setattr)
     assert_alike(tmp_path / "one", tmp_path / "two", 1e-6)
 
 
 @pytest.mark.slow
-def test_fused_attention_on_two_ranks_trains_what_it_trains_in_one_process(torchrun, tmp_path, data_dir, monkeypatch):
+def test_with_fused_attention_they_do_so_too(torchrun, tmp_path, data_dir, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed: `make test` installs it")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, and Triton's interpreter is off")
     code, out, err = torchrun("fused", "two")
     assert code == 0 and "gated attention: fused, in the interpreter" in out, err
-    monkeypatch.setattr(runs.Run, "draw", lambda *_: [])
-    take_the_kernels(monkeypatch.setattr)
-    settings = dict(data_dir=str(data_dir), out_dir=str(tmp_path / "one"), bias=False, dropout=0.0)
-    train_module.train(replace(SMALL, gradient_accumulation_steps=4, **FEW_STEPS, **settings))
+    train_small("fused", data_dir, tmp_path / "one", replaced=monkeypatch.setattr)
     assert_alike(tmp_path / "one", tmp_path / "two", 1e-4)
 
 
@@ -159,9 +140,7 @@ def test_two_ranks_stop_together_and_resume(torchrun, tmp_path):
     assert len(saved["noise"]) == 2 and not torch.equal(*saved["noise"])
     code, out, err = torchrun("none", "parts", "resume")
     assert code == 0 and "sparse: resumed after step 4 of 12" in out, err
-    whole, parts = (load_checkpoint(tmp_path / folder / "sparse.pt")["model"] for folder in ("whole", "parts"))
-    assert differences(whole, parts) == 0
-    assert multipliers(tmp_path / "whole") == multipliers(tmp_path / "parts")
+    assert_alike(tmp_path / "whole", tmp_path / "parts", 0)
 
 
 @pytest.mark.slow
@@ -180,4 +159,15 @@ def test_a_rank_that_dies_takes_the_others_down(torchrun):
 def test_micro_steps_that_cannot_be_shared_out_are_refused(program, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, _, err = program(train_module.main, "addition", "--gradient_accumulation_steps=4")
-    assert code == 2 and "--gradient_accumulation_steps 4 cannot be shared out over 3 processes: give a multiple of 3" in err
+    assert code == 2 and "steps 4 cannot be shared out over 3 processes: give a multiple of 3" in err
+
+
+def test_every_rank_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [ranks.find_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")]
+    assert found == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ranks.find_device("auto") == ranks.find_device("cuda") == "cuda:1"
+    with pytest.raises(UserError, match="each of 2 ranks takes its own GPU: give cuda"):
+        ranks.find_device("cuda:0")

@@ -61,7 +61,7 @@ BAD = [
     (["{}/sparse.pt", "--prompt=4+5=0"], "--prompt '4+5=0' has 5 characters, this task's prompts have 4"),
     (["{}/sparse.pt"], "--prompt '' has 0 characters, this task's prompts have 4: give a whole prompt"),
     (["{}/text.pt", "--prompt=abcabcabc"], "--prompt has 9 tokens, the model sees 8 at once: shorten it"),
-    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "no such folder, or no ending"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "give a name in an existing folder"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a"], "that ends in .png, .svg or .pdf"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a.doc"], "that ends in .png, .svg or .pdf"),
     (["{}/missing.pt"], "there is no checkpoint"),

@@ -1,5 +1,4 @@
-"""A training process that is killed again and again, at any moment, ends where one that was left alone
-does."""
+"""A training process that is killed again and again, at any moment, ends where one left alone does."""
 
 import os
 import random
@@ -15,8 +14,8 @@ from support.checkpoints import load_checkpoint
 from tests.conftest import ROOT
 
 FIELDS = dict(
-    dataset="sums", n_layer=2, n_head=2, n_embd=16, block_size=5, batch_size=16, pretrain_steps=1500, sparsify_steps=1500,
-    dropout=0.1, eval_interval=30, log_interval=10, device="cpu", seed=3,
+    dataset="sums", n_layer=2, n_head=2, n_embd=16, block_size=5, batch_size=16, pretrain_steps=1500,
+    sparsify_steps=1500, dropout=0.1, eval_interval=30, log_interval=10, device="cpu", seed=3,
 )  # fmt: skip
 
 
@@ -26,17 +25,19 @@ def lines(path):
 
 @pytest.mark.huge
 def test_ten_kills_and_resumes_give_the_weights_of_an_undisturbed_run(data_dir, tmp_path):
-    def start(folder, *words):
-        fields = [f"--{name}={value}" for name, value in {**FIELDS, "data_dir": data_dir, "out_dir": tmp_path / folder}.items()]
+    def start(folder, resume=False):
+        fields = {} if resume else {**FIELDS, "data_dir": data_dir}
+        options = ["--resume"] * resume + [f"--{name}={value}" for name, value in fields.items()]
+        command = [sys.executable, "train.py", "addition", f"--out_dir={tmp_path / folder}", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "train.py", "addition", *fields, *words]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        streams = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
 
     assert start("whole").wait() == 0
     log, moments, kills, resumed = tmp_path / "parts" / "log.jsonl", random.Random(0), 0, 0
     while True:
         resume = (tmp_path / "parts" / "last.pt").exists()
-        process = start("parts", *["--resume"] * resume)
+        process = start("parts", resume)
         enough = lines(log) + moments.randrange(1, 30)
         while process.poll() is None:
             if kills < 10 and lines(log) >= enough:

@@ -35,10 +35,10 @@ def test_a_datasets_examples_are_paired_with_others_whose_answers_differ_everywh
     data = Dataset("sort", 8, tmp_path)
     task, decode = from_dataset(data, 80, seed=1), data.meta["characters"].__getitem__
     assert task.clean.shape == task.corrupted.shape == (80, 4) and task.positions[0].tolist() == [2, 3]
-    for i in range(80):
-        for tokens, answers in ((task.clean[i], task.answers[i]), (task.corrupted[i], task.wrong[i])):
-            assert "".join(sorted(map(decode, tokens[:2]))) == "".join(map(decode, answers)), "the answer is another's"
-            assert decode(tokens[3]) == decode(answers[0])  # the answer's first token is read, too
+    for prompts, answers in ((task.clean, task.answers), (task.corrupted, task.wrong)):
+        assert torch.equal(prompts[:, 3], answers[:, 0]), "the answer's first token is read, too"
+        for prompt, answer in zip(prompts, answers):
+            assert sorted(map(decode, prompt[:2])) == list(map(decode, answer)), "the answer is another's"
     assert (task.answers != task.wrong).float().mean() > 0.97  # an answer such as 55 has few partners
     assert len(set(map(tuple, task.clean[:, :2].tolist()))) == 80, "drawn without replacement"
 
@@ -55,7 +55,8 @@ def test_running_texts_task_is_the_next_token(tmp_path):
     prepare_text([tmp_path / "text.txt"], tmp_path / "letters", "char", 0.1)
     data = Dataset("letters", 40, tmp_path)
     task = find("letters", "", GPTConfig(block_size=40, vocab_size=4), data.meta, 20, 0, tmp_path)
-    assert task.clean.shape == (20, 32) and task.positions.tolist() == [[31]] * 20 and (task.answers != task.wrong).all()
+    assert task.clean.shape == (20, 32) and task.positions.tolist() == [[31]] * 20
+    assert (task.answers != task.wrong).all()
     read = lambda *tokens: "".join(data.meta["characters"][t] for t in torch.cat(tokens).tolist())
     starts = []
     for clean, corrupted, answer, wrong in zip(task.clean, task.corrupted, task.answers, task.wrong):
@@ -101,8 +102,10 @@ def test_pronouns_fit_the_names(gpt2):
 
 def test_templates_come_from_their_seed_in_any_number(gpt2):
     one, two, three = (from_template("ioi", gpt2, 40, seed) for seed in (3, 3, 4))
-    assert torch.equal(one.clean, two.clean) and not torch.equal(one.clean, three.clean) and len(one.clean) == 40
-    assert (one.clean.gather(1, one.positions) == one.corrupted.gather(1, one.positions)).all(), "lengths differ within a pair"
+    assert len(one.clean) == 40
+    assert torch.equal(one.clean, two.clean) and not torch.equal(one.clean, three.clean)
+    last, last_corrupted = (tokens.gather(1, one.positions) for tokens in (one.clean, one.corrupted))
+    assert torch.equal(last, last_corrupted), "lengths differ within a pair"
 
 
 def test_templates_need_single_tokens():
@@ -113,11 +116,13 @@ def test_templates_need_single_tokens():
 def test_induction_repeats_a_piece_and_asks_what_followed_it():
     task = induction(vocab_size=40, block_size=64, n=50, seed=0)
     assert task.clean.shape == (50, 16) and task.aligned
-    for clean, corrupted, answer, wrong in zip(*(t.tolist() for t in (task.clean, task.corrupted, task.answers, task.wrong))):
+    rows = (field.tolist() for field in (task.clean, task.corrupted, task.answers, task.wrong))
+    for clean, corrupted, [answer], [wrong] in zip(*rows):
         first = clean.index(clean[12])
-        assert clean[first : first + 4] == clean[12:] and clean[first + 4] == answer[0] != wrong[0] and wrong[0] in clean
+        assert clean[first : first + 4] == clean[12:]
+        assert clean[first + 4] == answer != wrong and wrong in clean
         assert len(set(corrupted)) == 16 and len(set(clean[:12])) == 12
-    with pytest.raises(UserError, match="induction takes 6 tokens of context and 9 different ones: 8 and 5 are there"):
+    with pytest.raises(UserError, match="takes 6 tokens of context and 9 different ones: 8 and 5 are there"):
         induction(vocab_size=5, block_size=8, n=1, seed=0)
 
 
@@ -140,21 +145,16 @@ def test_a_file_of_ones_own_examples(tmp_path):
     assert bytes(task.clean[1].tolist()) == b"abc" and bytes(task.corrupted[0, :2].tolist()) == b"cd"
 
 
-def test_any_text_that_json_knows_is_read(tmp_path):
-    lines = [{**LINES[0], "clean": "a\u2028", "corrupted": "b\u2028"}]
-    (tmp_path / "own.jsonl").write_text(json.dumps(lines[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert bytes(from_file(tmp_path / "own.jsonl", ByteTokenizer()).clean[0].tolist()).decode() == "a\u2028"
-
-
+WANTED = ": write a JSON object with clean and corrupted, equally long, and an answer of one token"
 BAD = [
     (['{"clean": "ab"'], "line 1: Expecting"),
-    ([LINES[0], {"clean": "ab", "answer": "x"}], "line 2: 'corrupted': write a JSON object with clean, corrupted and answer"),
-    ([{**LINES[0], "corrupted": "cde"}], "line 1: clean has 2 tokens, corrupted 3: give them equal lengths"),
-    ([{**LINES[0], "answer": "xy"}], "line 1: an answer is not one token"),
+    ([LINES[0], {"clean": "ab", "answer": "x"}], "line 2: 'corrupted'" + WANTED),
+    ([{**LINES[0], "corrupted": "cde"}], "line 1: the texts have [2, 3, 1, 1] tokens" + WANTED),
+    ([{**LINES[1], "answer": "xy"}], "line 1: the texts have [3, 3, 2] tokens" + WANTED),
     ([{"clean": "a", "corrupted": "b", "answer": 3}], "line 1"),
     (["7"], "line 1"),
-    ([LINES[1]], "line 1 has no wrong_answer, and no line another answer: add one"),
-    ([], "line 1"),
+    ([LINES[1]], "line 1 has no wrong_answer, no line another answer: add one"),
+    ([], "own.jsonl is empty: leave it out"),
 ]
 
 
@@ -165,13 +165,17 @@ def test_a_bad_file_is_one_sentence(tmp_path, lines, sentence):
     assert sentence in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_a_task_that_does_not_exist_or_is_none(tmp_path):
-    with pytest.raises(UserError, match="there is no task 'adition': choose one of induction, ioi, greater_than, pronoun"):
-        find("adition", "", GPTConfig(), {}, 0, 0, tmp_path)
-    with pytest.raises(UserError, match="run `python data/prepare.py addition`"):
-        find("addition", "", GPTConfig(), {}, 0, 0, tmp_path)
-    own = write(tmp_path / "own.jsonl", LINES)
-    with pytest.raises(UserError, match="--positions needs prompts of one length, and those of mine differ"):
-        find("mine", own, GPTConfig(), {"tokenizer": "byte"}, 0, 0, aligned=True)
-    with pytest.raises(UserError, match="mine has prompts of 3 tokens, and the model sees 2 at once: give another"):
-        find("mine", own, GPTConfig(block_size=2), {"tokenizer": "byte"}, 0, 0)
+REFUSED = [
+    ("adition", "", {}, "there is no task 'adition': choose one of induction, ioi, greater_than, pronoun"),
+    ("addition", "", {}, "run `python data/prepare.py addition`"),
+    ("mine", "own.jsonl", {}, "--positions needs prompts of one length, and those of mine differ: leave it"),
+    ("mine", "own.jsonl", {"block_size": 2}, "mine has prompts of 3 tokens, the model sees 2: give another"),
+]
+
+
+@pytest.mark.parametrize("name, file, config, sentence", REFUSED)
+def test_a_task_that_does_not_fit_is_one_sentence(tmp_path, monkeypatch, name, file, config, sentence):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "own.jsonl", LINES)
+    with pytest.raises(UserError, match=sentence):
+        find(name, file, GPTConfig(**config), {"tokenizer": "byte"}, 0, 0, aligned=True)
