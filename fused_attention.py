@@ -1,11 +1,10 @@
 """
-Gated attention, fused: what gates.gated_attention computes, in Triton, in memory that grows with T, not T
-squared.
+Gated attention, fused: what gates.gated_attention computes, in Triton, in memory that grows with T, not T^2.
 
-Nothing of shape (T, T) is ever stored. A program of the forward pass holds BLOCK_M queries and walks over
-the keys up to the diagonal, BLOCK_N at a time. The softmax runs over all keys, whatever the gates say, so
-its maximum m and denominator l are plain attention's, and only the sum of values is gated (FlashAttention-2
-with a z in it; Dao 2023, arXiv 2307.08691):
+Nothing of shape (T, T) is ever stored. A program of the forward pass holds BLOCK queries and walks over the
+keys up to the diagonal, STEP at a time. The softmax runs over all keys, whatever the gates say, so its
+maximum m and denominator l are plain attention's, and only the sum of values is gated (FlashAttention-2 with
+a z in it; Dao 2023, arXiv 2307.08691):
 
     m'   = max(m, max_j s_j)
     l'   = l   * e^(m - m') + sum_j e^(s_j - m')
@@ -20,16 +19,14 @@ row's penalty C = sum_j c(a):
     ds    = P * (dP - sum_j P dP) = P * (dP - dy . y)       softmax, ungated; sum_j P z (dy . v) = dy . y
     dq    = sum_j (ds + da) k / sqrt(D),    dk = sum_i (ds + da) q / sqrt(D),    dbias = sum da
 
-    here    s      a      z, z'     P z     C        dC         l      lse  dy . y  e^(m - m')
-    there   score  alpha  z, slope  weight  penalty  d_penalty  total  lse  delta   shrink
+    here    s      a          z, z'     P z     C        c'             dC         l      dy . y  e^(m - m')
+    there   score  score + b  z, slope  weight  penalty  penalty_slope  d_penalty  total  delta   shrink
 
-(score, alpha and lse in units of log 2, since a GPU computes powers of two.) The noise u of edge (b, h, i,
-j) is a hash of the seed and that position: every pass draws the same again, whatever its blocks, and nothing
-is stored.
+(score, b and lse in units of log 2, since a GPU computes powers of two.) The noise u of an edge is a hash of
+the seed and the edge's position: every pass draws the same again, whatever its blocks, and keeps nothing.
 
-It exists for HardConcrete and Bernoulli, and for edge_penalty as gates.py has it: who edits these there
-edits `gate_of`, `penalty_of` and `penalty_slope_of` here, too, or takes --attention=reference;
-`disagreement` finds out.
+It exists for HardConcrete and Bernoulli, and for edge_penalty as gates.py has it: who edits these there edits
+`gate_of` and `penalty_of` here, too, or takes --attention=reference; `disagreement` finds out.
 """
 
 import math
@@ -117,49 +114,46 @@ def gate_of(log2_alpha, key, key2, j, GATE: tl.constexpr, TRAINING: tl.constexpr
 
 @triton.jit
 def penalty_of(log2_alpha, GATE: tl.constexpr):
-    """The probability of being open, and softplus(log_alpha) / log(2): together gates.edge_penalty. No power
-    of anything positive: with e = e^-|a|, sigmoid(a) = 1 / (1 + e) for a > 0, else e / (e + 1)."""
-    K: tl.constexpr = GATE[4]
-    e = tl.exp2(-tl.abs(log2_alpha))
-    above, below = tl.where(log2_alpha > 0, 1.0, e), tl.where(log2_alpha > 0, e, 1.0)
-    series = e * (1 - e * (0.5 - e * (0.33333333 - e * 0.25))) * LOG2E  # log2(1 + e) for a small e
-    softplus = tl.maximum(log2_alpha, 0.0) + tl.where(e < 0.05, series, log2(1 + e))
-    return above * reciprocal(above + K * below), softplus
+    """The two parts of gates.edge_penalty, P(open) and softplus(log_alpha), the latter over log 2, and the
+    derivative of their sum by log_alpha, p (1 - p) + sigmoid(log_alpha).
 
-
-@triton.jit
-def penalty_slope_of(log2_alpha, GATE: tl.constexpr):
-    """The derivative of gates.edge_penalty by log_alpha: p (1 - p) + sigmoid(log_alpha)."""
+    No power of anything positive: with e = e^-|a|, sigmoid(a) = 1 / (1 + e) for a > 0, else e / (e + 1)."""
     K: tl.constexpr = GATE[4]
     e = tl.exp2(-tl.abs(log2_alpha))
     above, below = tl.where(log2_alpha > 0, 1.0, e), tl.where(log2_alpha > 0, e, 1.0)
     total, total_p = 1 + e, above + K * below
+    series = e * (1 - e * (0.5 - e * (0.33333333 - e * 0.25))) * LOG2E  # log2(1 + e) for a small e
+    softplus = tl.maximum(log2_alpha, 0.0) + tl.where(e < 0.05, series, log2(total))
     both = reciprocal(total * total_p)  # one reciprocal for two
     r = both * total
-    return above * (K * below * r * r + both * total_p)
+    return above * reciprocal(total_p), softplus, above * (K * below * r * r + both * total_p)
 
 
 @triton.jit
 def edge_gradients(
-    score, b, d_weight, i, j, key, key2, lse, delta, d_penalty,
-    GATE: tl.constexpr, TRAINING: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """A tile of edges -> weight = P z, ds + da, and da. b: the bias. i and what belongs to the queries has
-    shape (M, 1) and j (1, N), or the other way round. Queries past the end come as zeros and add nothing."""
-    p = score - lse
+    score, b, d_weight, i, j, query, GATE: tl.constexpr, TRAINING: tl.constexpr, MASKED: tl.constexpr
+):
+    """A tile of edges -> weight = P z, ds + da, and da. b: the bias; query: from load_queries. i and what
+    belongs to the queries have shape (M, 1) and j (1, N), or the other way round."""
+    key, key2, lse, delta, d_penalty = query
     if MASKED:
-        p = tl.where(j <= i, p, float("-inf"))
-    p = tl.exp2(p)
+        score = tl.where(j <= i, score, float("-inf"))  # as in forward_kernel
+    p = tl.exp2(score - lse)
     z, slope = gate_of(score + b, key, key2, j, GATE, TRAINING)
+    _, _, penalty_slope = penalty_of(score + b, GATE)
     d_p = d_weight * p
-    da = d_p * slope + d_penalty * penalty_slope_of(score + b, GATE)
-    if MASKED:
-        da = tl.where(j <= i, da, 0.0)
+    da = d_p * slope + d_penalty * penalty_slope
     return p * z, d_p * z - p * delta + da, da
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The passes. A program is one head of one sequence (axis 0) and one block of its queries or keys (axis 1).
+
+# Sizes to choose from (BLOCK, a program's own; STEP, what it walks over at a time; warps): a kernel measures
+# them on its first call for a new shape.
+SIZES = (64, 64, 4), (32, 64, 4), (64, 32, 4), (128, 64, 8), (64, 128, 8), (32, 32, 4)
+CONFIGS = [triton.Config({"BLOCK": m, "STEP": n}, num_warps=w, num_stages=2) for m, n, w in SIZES]
+tuned = triton.autotune(CONFIGS, key=["T", "D", "TRAINING"])
 
 
 @triton.jit
@@ -199,56 +193,67 @@ def dot(a, b):
 
 
 @triton.jit
-def offset(head, H, stride_b, stride_h):
-    """Where a head's matrix begins. head: batch * H + head. What these kernels write is laid out (B, T, H,
-    D), which makes the strides T H D, D and, of a row, H D."""
-    return (head // H).to(tl.int64) * stride_b + (head % H).to(tl.int64) * stride_h
+def load_queries(seed, rows, head, i, T):
+    """What edge_gradients takes of the queries i, in the shape of i; past the end zeros, which add nothing.
+    rows: (3, B, H, T), namely lse, delta and d_penalty."""
+    row, n_rows, inside = head * T + i, tl.num_programs(0) * T, i < T
+    key, key2 = row_keys(tl.load(seed), row)
+    lse = tl.load(rows + row, mask=inside, other=0.0)
+    delta = tl.load(rows + n_rows + row, mask=inside, other=0.0)
+    return key, key2, lse, delta, tl.load(rows + 2 * n_rows + row, mask=inside, other=0.0)
 
 
+@triton.jit
+def head_of(bias, stride_b, stride_h, H, T, D):
+    """This program's head as batch * H + head, its bias, and where its matrices begin: in q, k and v, and in
+    what these kernels write, which is laid out (B, T, H, D): strides T H D, D and, of a row, H D."""
+    head = tl.program_id(0)
+    batch, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    b = tl.load(bias + h).to(tl.float32) * LOG2E
+    return head, b, batch * stride_b + h * stride_h, batch * (T * H * D) + h * D
+
+
+@tuned
 @triton.jit
 def forward_kernel(
     q, k, v, bias, seed, y, lse, penalty, figures, stride_b, stride_h, stride_t, H, T, scale,
     GATE: tl.constexpr, TRAINING: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """y, lse, and per query the sums over its keys of: penalty; figures[0..2]: probability of being open,
-    hard edges, and softmax weight on them."""
-    head = tl.program_id(0)
-    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the longest rows first, for a short tail
-    i, at = start + tl.arange(0, BLOCK_M), offset(head, H, stride_b, stride_h)
+    """BLOCK queries: y, lse, and per query the sums over its keys of penalty; figures[0..2]: P(open), hard
+    edges, softmax weight on hard edges."""
+    head, b, at, y_at = head_of(bias, stride_b, stride_h, H, T, D)
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK  # the longest rows first, for a short tail
+    i = start + tl.arange(0, BLOCK)
     q_i = load_rows(q + at, i, stride_t, T, D, BLOCK_D)
-    b = tl.load(bias + head % H).to(tl.float32) * LOG2E
     key, key2 = row_keys(tl.load(seed), head * T + i)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    zeros = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
     total, kept, hard, expected, cost = zeros, zeros, zeros, zeros, zeros
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    diagonal, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
+    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    diagonal, end = start // STEP * STEP, tl.minimum(start + BLOCK, T)
     for MASKED in tl.static_range(2):  # blocks of keys before all these queries, then those on the diagonal
-        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), BLOCK_N):
-            j = first + tl.arange(0, BLOCK_N)
+        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), STEP):
+            j = first + tl.arange(0, STEP)
             k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
             v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
             score = dot(q_i, tl.trans(k_j)) * scale
-            alpha = score + b
-            z, _ = gate_of(alpha, key[:, None], key2[:, None], j[None, :], GATE, TRAINING)
-            p, softplus = penalty_of(alpha, GATE)
-            if MASKED:
-                allowed = j[None, :] <= i[:, None]
-                score = tl.where(allowed, score, float("-inf"))
-                alpha = tl.where(allowed, alpha, float("-inf"))
-                p, softplus = tl.where(allowed, p, 0.0), tl.where(allowed, softplus, 0.0)
+            if MASKED:  # later keys: no weight, a closed gate, no penalty
+                score = tl.where(j[None, :] <= i[:, None], score, float("-inf"))
+            z, _ = gate_of(score + b, key[:, None], key2[:, None], j[None, :], GATE, TRAINING)
+            p, softplus, _ = penalty_of(score + b, GATE)
+            is_open = tl.where(score + b > GATE[3], 1.0, 0.0)
             m_new = tl.maximum(m, tl.max(score, 1))
             shrink = tl.exp2(m - m_new)
             e = tl.exp2(score - m_new[:, None])
             acc = acc * shrink[:, None] + dot(cast(e * z, v_j.dtype), v_j)
             total = total * shrink + tl.sum(e, 1)
-            kept = kept * shrink + tl.sum(tl.where(alpha > GATE[3], e, 0.0), 1)
-            hard += tl.sum(tl.where(alpha > GATE[3], 1.0, 0.0), 1)
+            kept = kept * shrink + tl.sum(e * is_open, 1)
+            hard += tl.sum(is_open, 1)
             expected += tl.sum(p, 1)
             cost += tl.sum(softplus, 1)
             m = m_new
-    store_rows(y + offset(head, H, T * H * D, D), acc / total[:, None], i, H * D, T, D, BLOCK_D)
+    store_rows(y + y_at, acc / total[:, None], i, H * D, T, D, BLOCK_D)
     row, n_rows, inside = head * T + i, tl.num_programs(0) * T, i < T
     tl.store(lse + row, m + log2(total), mask=inside)
     tl.store(penalty + row, expected + cost * LN2, mask=inside)
@@ -257,42 +262,35 @@ def forward_kernel(
     tl.store(figures + 2 * n_rows + row, kept / total, mask=inside)
 
 
+@tuned
 @triton.jit
 def keys_kernel(
-    q, k, v, bias, seed, dy, lse, delta, d_penalty, dk, dv, dbias,
-    stride_b, stride_h, stride_t, H, T, scale,
+    q, k, v, bias, seed, dy, rows, dk, dv, dbias, stride_b, stride_h, stride_t, H, T, scale,
     GATE: tl.constexpr, TRAINING: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_N keys, over the queries from the diagonal on: dk, dv, and dbias summed per key.
-    Tiles are (keys, queries) here, so that the products need no transposed tile."""
-    head = tl.program_id(0)
-    start = tl.program_id(1) * BLOCK_N  # the first keys have the most queries
-    j = start + tl.arange(0, BLOCK_N)
-    at, y_at = offset(head, H, stride_b, stride_h), offset(head, H, T * H * D, D)
+    """Gradients of BLOCK keys, over the queries from the diagonal on: dk, dv, and dbias summed per key. Tiles
+    are (keys, queries) here, so that the products need no transposed tile."""
+    head, b, at, y_at = head_of(bias, stride_b, stride_h, H, T, D)
+    start = tl.program_id(1) * BLOCK  # the first keys have the most queries
+    j = start + tl.arange(0, BLOCK)
     k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
     v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
-    b = tl.load(bias + head % H).to(tl.float32) * LOG2E
-    dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dbias_j = tl.zeros([BLOCK_N], tl.float32)
-    diagonal = (start + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M  # queries from here on see all these keys
-    diagonal = tl.minimum(diagonal, (T + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+    dk_j, dv_j = tl.zeros([BLOCK, BLOCK_D], tl.float32), tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    dbias_j = tl.zeros([BLOCK], tl.float32)
+    diagonal = tl.cdiv(tl.minimum(start + BLOCK, T), STEP) * STEP  # queries from here on see all these keys
     for MASKED in tl.static_range(2):
-        low, high = (start // BLOCK_M * BLOCK_M, diagonal) if MASKED else (diagonal, T)
-        for first in range(bound(low), bound(high), BLOCK_M):
-            i = first + tl.arange(0, BLOCK_M)
-            row, inside = head * T + i, i < T
+        low, high = (start // STEP * STEP, diagonal) if MASKED else (diagonal, T)
+        for first in range(bound(low), bound(high), STEP):
+            i = first + tl.arange(0, STEP)
             q_i = load_rows(q + at, i, stride_t, T, D, BLOCK_D)
             dy_i = load_rows(dy + y_at, i, H * D, T, D, BLOCK_D)
-            lse_i = tl.load(lse + row, mask=inside, other=0.0)
-            delta_i = tl.load(delta + row, mask=inside, other=0.0)
-            d_penalty_i = tl.load(d_penalty + row, mask=inside, other=0.0)
-            key, key2 = row_keys(tl.load(seed), row)
+            query = load_queries(seed, rows, head, i[None, :], T)
             score = dot(k_j, tl.trans(q_i)) * scale
+            d_weight = dot(v_j, tl.trans(dy_i))
             weight, ds, da = edge_gradients(
-                score, b, dot(v_j, tl.trans(dy_i)), i[None, :], j[:, None], key[None, :], key2[None, :],
-                lse_i[None, :], delta_i[None, :], d_penalty_i[None, :], GATE, TRAINING, MASKED,
-            )  # fmt: skip
+                score, b, d_weight, i[None, :], j[:, None], query, GATE, TRAINING, MASKED
+            )
             dv_j += dot(cast(weight, dy_i.dtype), dy_i)
             dk_j += dot(cast(ds, q_i.dtype), q_i)
             dbias_j += tl.sum(da, 1)
@@ -301,36 +299,32 @@ def keys_kernel(
     tl.store(dbias + head * T + j, dbias_j, mask=j < T)
 
 
+@tuned
 @triton.jit
 def queries_kernel(
-    q, k, v, bias, seed, dy, lse, delta, d_penalty, dq, stride_b, stride_h, stride_t, H, T, scale,
+    q, k, v, bias, seed, dy, rows, dq, stride_b, stride_h, stride_t, H, T, scale,
     GATE: tl.constexpr, TRAINING: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BLOCK_M queries, over the keys up to the diagonal: dq."""
-    head = tl.program_id(0)
-    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
-    i = start + tl.arange(0, BLOCK_M)
-    row, inside = head * T + i, i < T
-    at, y_at = offset(head, H, stride_b, stride_h), offset(head, H, T * H * D, D)
+    """Gradients of BLOCK queries, over the keys up to the diagonal: dq."""
+    head, b, at, y_at = head_of(bias, stride_b, stride_h, H, T, D)
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK
+    i = start + tl.arange(0, BLOCK)
     q_i = load_rows(q + at, i, stride_t, T, D, BLOCK_D)
     dy_i = load_rows(dy + y_at, i, H * D, T, D, BLOCK_D)
-    lse_i, delta_i = tl.load(lse + row, mask=inside, other=0.0), tl.load(delta + row, mask=inside, other=0.0)
-    d_penalty_i = tl.load(d_penalty + row, mask=inside, other=0.0)
-    b = tl.load(bias + head % H).to(tl.float32) * LOG2E
-    key, key2 = row_keys(tl.load(seed), row)
-    dq_i = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    diagonal, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
+    query = load_queries(seed, rows, head, i[:, None], T)
+    dq_i = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    diagonal, end = start // STEP * STEP, tl.minimum(start + BLOCK, T)
     for MASKED in tl.static_range(2):
-        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), BLOCK_N):
-            j = first + tl.arange(0, BLOCK_N)
+        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), STEP):
+            j = first + tl.arange(0, STEP)
             k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
             v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
             score = dot(q_i, tl.trans(k_j)) * scale
+            d_weight = dot(dy_i, tl.trans(v_j))
             _, ds, _ = edge_gradients(
-                score, b, dot(dy_i, tl.trans(v_j)), i[:, None], j[None, :], key[:, None], key2[:, None],
-                lse_i[:, None], delta_i[:, None], d_penalty_i[:, None], GATE, TRAINING, MASKED,
-            )  # fmt: skip
+                score, b, d_weight, i[:, None], j[None, :], query, GATE, TRAINING, MASKED
+            )
             dq_i += dot(cast(ds, k_j.dtype), k_j)
     store_rows(dq + y_at, dq_i * (scale * LN2), i, H * D, T, D, BLOCK_D)
 
@@ -347,38 +341,27 @@ def noise_kernel(seed, u, n_rows, T, BLOCK: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------------
 # From tensors to kernels
 
-# Block sizes to choose from (BLOCK_M, BLOCK_N, warps): a kernel measures them on its first call for a new
-# shape.
-SIZES = (64, 64, 4), (32, 64, 4), (64, 32, 4), (128, 64, 8), (64, 128, 8), (32, 32, 4)
-CONFIGS = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=2) for m, n, w in SIZES]
-KERNELS = (forward_kernel, keys_kernel, queries_kernel)
-TUNED = {kernel: triton.autotune(CONFIGS, key=["T", "D", "TRAINING"])(kernel) for kernel in KERNELS}
-BLOCKS = (32, 32) if INTERPRET else None  # (BLOCK_M, BLOCK_N) for all kernels; None: as measured
+BLOCKS = (32, 32) if INTERPRET else None  # (BLOCK, STEP) of all kernels; None: as measured
 
 
-def launch(kernel, own, inputs, others, gate, training):
-    """Run a kernel for every head and every block of positions. own: BLOCK_M or BLOCK_N, a program's own;
-    inputs: q, k, v, bias, seed; others: the tensors that follow; gate: numbers_of(gate)."""
+def launch(kernel, inputs, others, gate, training):
+    """Run a kernel for every head and every block of positions. inputs: q, k, v, bias, seed; others: the
+    tensors that follow; gate: numbers_of(gate)."""
     q = inputs[0]
     B, H, T, D = q.shape
-    flags = dict(GATE=tuple(gate), TRAINING=training, D=D, BLOCK_D=padded(D))
+    columns = max(16, triton.next_power_of_2(D))  # of a tile that matrix products can take
+    flags = dict(GATE=tuple(gate), TRAINING=training, D=D, BLOCK_D=columns)
     blocks = BLOCKS or ((32, 32) if T <= 32 else None)
     if blocks:
-        flags |= dict(zip(("BLOCK_M", "BLOCK_N"), blocks))
+        kernel = kernel.fn  # as it is before triton.autotune
+        flags |= dict(zip(("BLOCK", "STEP"), blocks))
+    grid = lambda meta: (B * H, triton.cdiv(T, meta["BLOCK"]))
     with torch.cuda.device_of(q):
-        kernel = kernel if blocks else TUNED[kernel]
-        grid = lambda meta: (B * H, triton.cdiv(T, meta[own]))
         kernel[grid](*inputs, *others, *q.stride()[:3], H, T, D**-0.5 * LOG2E.value, **flags)
 
 
-def padded(n):
-    """The size of a tile that holds n columns: a power of two, and at least 16 for matrix products."""
-    return max(16, triton.next_power_of_2(n))
-
-
 def alike(*tensors):
-    """The tensors with the same strides, the last one 1: as they are, where a model cut them from one
-    matrix."""
+    """The tensors with the same strides, the last one 1: as they are if a model cut them from one matrix."""
     strides = tensors[0].stride()
     if strides[-1] == 1 and all(t.stride() == strides for t in tensors):
         return tensors
@@ -401,7 +384,7 @@ custom_op = partial(torch.library.custom_op, mutates_args=())
 @custom_op("nanosparse::gated_attention", schema=f"({INPUTS}) -> {FOUR}")
 def forward(q, k, v, bias, seed, gate, training):
     outputs = empty_outputs(q, k, v, bias, seed, gate, training)
-    launch(forward_kernel, "BLOCK_M", (*alike(q, k, v), bias, seed), outputs, gate, training)
+    launch(forward_kernel, (*alike(q, k, v), bias, seed), outputs, gate, training)
     return outputs
 
 
@@ -419,10 +402,11 @@ def empty_outputs(q, k, v, bias, seed, gate, training):
 def backward(q, k, v, bias, seed, gate, training, y, lse, dy, d_penalty):
     dq, dk, dv, _ = empty_gradients(q, k, v, bias)
     dbias, delta = torch.empty_like(lse), (dy.float() * y.float()).sum(dim=-1)  # (B, H, T) each
+    rows = torch.stack([lse, delta, d_penalty])
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # laid out as y
-    inputs, others = (*alike(q, k, v), bias, seed), (dy, lse, delta.contiguous(), d_penalty.contiguous())
-    launch(keys_kernel, "BLOCK_N", inputs, (*others, dk, dv, dbias), gate, training)
-    launch(queries_kernel, "BLOCK_M", inputs, (*others, dq), gate, training)
+    inputs = (*alike(q, k, v), bias, seed)
+    launch(keys_kernel, inputs, (dy, rows, dk, dv, dbias), gate, training)
+    launch(queries_kernel, inputs, (dy, rows, dq), gate, training)
     return dq, dk, dv, dbias.sum(dim=(0, 2)).to(bias.dtype)
 
 
@@ -484,8 +468,7 @@ def uniforms(seed, B, H, T):
 
 def numbers_of(gate):
     """A gate's constants: beta, gamma, zeta, the log_alpha above which it is open while evaluating (in units
-    of log 2), K of its probability of being open, sigmoid(log_alpha - log K), and whether it is
-    Bernoulli."""
+    of log 2), K of its P(open) = sigmoid(log_alpha - log K), and whether it is Bernoulli."""
     if type(gate) is Bernoulli:
         return [1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
     s = (max(gate.cutoff, 0.0) - gate.gamma) / (gate.zeta - gate.gamma)  # the sigmoid at the cutoff
@@ -508,15 +491,14 @@ def unknown(q, gate):
 
 def disagreement(gate, device):
     """A sentence if the kernels do not compute what gates.py does, since that was edited; else empty."""
-    randn = partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
-    q, k, v, dy = (randn(1, 2, 16, 16).requires_grad_() for _ in range(4))
-    bias = torch.tensor([-0.5, 0.5], device=device, requires_grad=True)
-    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, dy = torch.randn(4, 1, 2, 16, 16, generator=generator, device=device)
+    bias, seed = torch.tensor([-0.5, 0.5], device=device), torch.zeros(1, dtype=torch.int64, device=device)
 
     def figures(attend, dtype, **noise):
-        inputs = [t.to(dtype) for t in (q, k, v, bias)]
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v, bias)]
         y, stats = attend(*inputs, gate, True, **noise)
-        gradients = torch.autograd.grad((y * dy).sum() + stats.penalty.sum(), (q, k, v, bias))
+        gradients = torch.autograd.grad((y * dy).sum() + stats.penalty.sum(), inputs)
         return [y, *stats, *gradients, attend(*inputs, gate, False)[0]]
 
     ours = figures(gated_attention, torch.float32, seed=seed)
