@@ -172,16 +172,19 @@ class GPT(nn.Module):
         self.initialise(dict(self.named_parameters()))
 
     def initialise(self, parameters):
-        """GPT-2's: normal(0, 0.02), biases zero, and the layers that write to the residual stream scaled
-        down by 1 / sqrt(2 L), so that its variance does not grow with depth. parameters: {name:
-        parameter}."""
+        """Normal with a standard deviation of 1 / sqrt(C), biases zero, and, as in GPT-2, the layers that write
+        to the residual stream scaled down by 1 / sqrt(2 L). parameters: {name: parameter}.
+
+        GPT-2 has 0.02 at any width. That is small for a narrow model: all its scores start near zero, and it
+        takes thousands of steps until heads look where they should."""
+        std = 1 / math.sqrt(self.config.n_embd)
         for name, p in parameters.items():
             if name.endswith("gate_bias"):
                 nn.init.constant_(p, self.config.gate_bias)
             elif name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=std)
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
 

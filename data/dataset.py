@@ -16,7 +16,9 @@ from support.command_line import UserError
 
 EVALUATED = 1 << 20  # tokens of a split that `sequential` takes at most, evenly spread
 
-MAKE_COMMANDS = {"addition": "addition", "shakespeare_char": "shakespeare", "openwebtext": "openwebtext"}
+MAKE_COMMANDS = {name: name for name in ("addition", "recall", "openwebtext")}
+MAKE_COMMANDS |= {"shakespeare_char": "shakespeare"}
+MAKE_COMMANDS |= {"novels_char": "text FOLDER_OF_NOVELS --name=novels_char --tokenizer=char"}
 
 
 class Dataset:
@@ -36,6 +38,16 @@ class Dataset:
         self.sequence_tokens = self.example_length - 1 if self.is_task else block_size  # inputs per sequence
         self.stride = self.example_length or block_size  # from one sequence of `sequential` to the next
         self.tokens = {split: self.open(folder / f"{split}.bin") for split in ("train", "val")}
+        self.hold_out()
+
+    def hold_out(self):
+        """Split "held_out": the end of a training text, at most a twentieth, which "train" then lacks. A toy
+        task is trained on in full: there, held_out is all of it."""
+        train = self.tokens["train"]
+        n = max(min(len(train) // 20, EVALUATED // 4), self.sequence_tokens + 1)
+        can_split = not self.is_task and len(train) > n + self.sequence_tokens
+        self.tokens["held_out"] = train[-n:] if can_split else train
+        self.tokens["train"] = train[:-n] if can_split else train
 
     def open(self, path):
         size = path.stat().st_size

@@ -2,6 +2,7 @@
 Make a dataset: text or toy examples in, token files out (data/<name>/train.bin, val.bin, meta.json).
 
     python data/prepare.py addition                     all 10,000 problems dd+dd=ddd
+    python data/prepare.py recall                       a letter's digit, c4a1d7b2a to 1
     python data/prepare.py shakespeare [--file=PATH]    tiny Shakespeare by characters; else downloads 1.1 MB
     python data/prepare.py text PATH... --name=NAME [--tokenizer=gpt2|char|byte]
         any UTF-8 files or folders, streamed; with gpt2 every file is a document, and every line {"text": ...}
@@ -43,6 +44,11 @@ BATCH = 500  # documents tokenised at once
 class Addition:
     data_dir: str = option("data", "where the dataset's folder goes")
     name = "addition"  # of that folder; no option, having no type
+
+
+@dataclass
+class Recall(Addition):
+    name = "recall"
 
 
 @dataclass
@@ -235,6 +241,18 @@ def prepare_examples(pairs, folder, val_fraction):
     return write_dataset(folder, pieces, {**tokenizer.meta(), **task})
 
 
+def recall_examples():
+    """(prompt, answer) of 40,000 different prompts: two to four pairs of a letter and a digit in random order,
+    then one of the letters, whose digit is the answer. Short prompts have dots in front: all are 9 long."""
+    rng, examples = np.random.default_rng(0), {}
+    while len(examples) < 40_000:
+        n = rng.integers(2, 5)
+        letters, digits, asked = rng.permutation(list("abcd"))[:n], rng.integers(0, 10, n), rng.integers(n)
+        pairs = "".join(f"{letter}{digit}" for letter, digit in zip(letters, digits))
+        examples[f"{pairs}{letters[asked]}".rjust(9, ".")] = str(digits[asked])
+    return list(examples.items())
+
+
 def read_examples(path):
     """(prompt, answer) of every line of a file. Raises UserError with the number of the first bad line."""
     pairs = []
@@ -247,7 +265,7 @@ def read_examples(path):
     return pairs
 
 
-COMMANDS = {kind.__name__.lower(): kind for kind in (Addition, Shakespeare, Text, Examples, OpenWebText)}
+COMMANDS = {kind.__name__.lower(): kind for kind in (Addition, Recall, Shakespeare, Text, Examples, OpenWebText)}
 
 
 def main(argv):
@@ -262,6 +280,8 @@ def main(argv):
     if command == "addition":  # the task is finite: both splits hold all of it
         pairs = [(f"{a:02d}+{b:02d}=", f"{a + b:03d}") for a in range(100) for b in range(100)]
         meta = prepare_examples(pairs, folder, val_fraction=0)
+    elif command == "recall":
+        meta = prepare_examples(recall_examples(), folder, val_fraction=0.1)
     elif command == "examples":
         meta = prepare_examples(read_examples(options.paths[0]), folder, options.val_fraction)
     elif command == "text":

@@ -74,7 +74,8 @@ def progress_line(line, steps, spent):
     """A line of log.jsonl for the terminal. steps: of the whole phase; spent: seconds so far."""
     words = f"{line['phase']:7} {line['step']:>6}/{steps}  loss {line['loss']:.4f}"
     if "bound" in line:
-        words += f"  (bound {line['bound']:.4f})  multiplier {line['multiplier']:<7.3g}"
+        words += f"  held out {line['held_out_loss']:.4f} (bound {line['bound']:.4f})"
+        words += f"  multiplier {line['multiplier']:<5.3g}"
         words += f"  edges {line['expected_edges']:6.2%} expected, {line['hard_edges']:6.2%} hard"
     minutes, seconds = divmod(round(spent / line["step"] * (steps - line["step"])), 60)
     speed = f"{line['tokens_per_second']:,.0f} tokens/s"
@@ -105,7 +106,7 @@ def missed_bound(summary):
     words = f"the sparse model is over its bound by {over:.4f} nats"
     if over <= 0:
         over = summary["training_loss"] - summary["training_bound"]
-        words = f"with sampled gates, the training loss is {over:.4f} nats over its bound"
+        words = f"on the held-out data that the bound is enforced on, the loss is {over:.4f} nats over it"
     remedy = "give a larger --multiplier_max, more --sparsify_steps or a larger --loss_tolerance"
     return [f"note: {words}: {remedy}"] if over > 0 else []
 

@@ -80,7 +80,7 @@ class Run:
 
     def begin(self, phase, steps, model, optimizer, generator, bound):
         """Start a phase, or take up the interrupted one. Returns the number of steps that are done."""
-        self.phase, self.steps, self.step, self.recent, self.log_loss = phase, steps, 0, [], None
+        self.phase, self.steps, self.step, self.recent = phase, steps, 0, []
         self.model, self.generator, self.bound, self.started = model, generator, bound, time.time()
         self.parts = {"model": model, "optimizer": optimizer} | ({} if bound is None else {"bound": bound})
         if self.saved is None:
@@ -96,11 +96,12 @@ class Run:
         self.step = step
         self.recent.append(loss)
         if step % self.config.log_interval == 0 or step == self.steps:
-            seconds, self.log_loss = time.time() - self.started, sum(self.recent) / len(self.recent)
-            line = {"phase": self.phase, "step": step, "loss": self.log_loss}
+            seconds = time.time() - self.started
+            line = {"phase": self.phase, "step": step, "loss": sum(self.recent) / len(self.recent)}
             if self.bound is not None:
                 ranks.check_same("the multiplier", self.bound.multiplier)
-                line |= {"bound": self.bound.bound, "multiplier": self.bound.multiplier}
+                line |= {"held_out_loss": self.bound.average, "bound": self.bound.bound + self.bound.slack}
+                line["multiplier"] = self.bound.multiplier
                 line |= {key: getattr(stats, key).mean().item() for key in ("expected_edges", "hard_edges")}
             line |= {"learning_rate": learning_rate, "tokens_per_second": step * self.step_tokens / seconds}
             self.log(line)
@@ -115,13 +116,10 @@ class Run:
             raise KeyboardInterrupt(f"{done}, and saved: --resume goes on")
 
     def end(self):
-        """How the phase trained its model, plain values. training_loss: as in the log's last line."""
+        """How the phase trained its model, plain values."""
         seconds = time.time() - self.started
         speed = self.steps * self.step_tokens / seconds
-        trained = {"steps": self.steps, "seconds": seconds, "tokens_per_second": speed}
-        if self.bound is None:
-            return trained
-        return trained | {"training_bound": self.bound.bound, "training_loss": self.log_loss}
+        return {"steps": self.steps, "seconds": seconds, "tokens_per_second": speed}
 
     def validate(self):
         """Evaluate on eval_iters validation batches; log and print the result."""
@@ -147,7 +145,7 @@ class Run:
         noise = ranks.gathered(torch.get_rng_state())
         noise_cuda = ranks.gathered(torch.cuda.get_rng_state()) if cuda else []
         if ranks.is_first():
-            kept = {name: getattr(self, name) for name in ("phase", "step", "recent", "log_loss")}
+            kept = {name: getattr(self, name) for name in ("phase", "step", "recent")}
             kept |= {"config": dataclasses.asdict(self.config), "noise": noise, "noise_cuda": noise_cuda}
             kept |= {"seconds": time.time() - self.started, "log_length": self.log_path.stat().st_size}
             kept |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
@@ -157,7 +155,7 @@ class Run:
     def restore(self):
         """What save wrote, back in its places. Raises UserError if it does not fit the code."""
         saved, self.saved = self.saved, None
-        self.step, self.recent, self.log_loss = saved["step"], saved["recent"], saved["log_loss"]
+        self.step, self.recent = saved["step"], saved["recent"]
         self.started = time.time() - saved["seconds"]
         try:
             self.generator.set_state(saved["generator"])

@@ -24,6 +24,46 @@ def test_finds_the_known_multiplier_of_a_convex_problem():
     assert bound.multiplier == pytest.approx(2.0, rel=2e-2)
 
 
+def test_a_bound_that_is_out_of_reach_for_half_the_time_is_met_at_the_end():
+    """The same problem, but the loss has 2 nats on top that no x removes until half of the steps are done.
+    The multiplier waits at its clamp and then finds its price."""
+    x = torch.tensor(0.0, requires_grad=True)
+    bound = LossBound(1.0, scale=0.5, rate=0.02, decay=0.5)
+    optimizer = torch.optim.SGD([x], lr=0.05)
+    for step in range(4000):
+        loss = (x - 3) ** 2 + 2 * (step < 2000)
+        optimizer.zero_grad()
+        bound.lagrangian(x**2, loss).backward()
+        optimizer.step()
+        bound.update(loss.item())
+        if step == 1999:
+            assert loss.item() > 1 and bound.log_multiplier == bound.log_max
+    assert loss.item() == pytest.approx(1.0, abs=2e-2)
+    assert bound.multiplier == pytest.approx(2.0, rel=2e-2)
+
+
+def test_no_price_helps_where_the_loss_has_no_gradient():
+    """What it cannot: here the loss is over its bound whatever x is. The cost has its way."""
+    x = torch.tensor(1.0, requires_grad=True)
+    bound = LossBound(1.0)
+    for _ in range(300):
+        x.grad = None
+        bound.lagrangian(x**2, 0 * x + 2.0).backward()
+        x.data -= x.grad
+        bound.update(2.0)
+    assert abs(x.item()) < 1e-3 and bound.log_multiplier == bound.log_max
+
+
+def test_slack_is_allowed_on_top_of_the_bound():
+    bound = LossBound(1.0, decay=0.0)
+    bound.slack = 0.5
+    bound.update(1.4)
+    assert bound.log_multiplier < bound.log_max
+    bound.slack = 0.0
+    bound.update(1.4)
+    assert bound.log_multiplier == bound.log_max
+
+
 def test_rises_under_violation_and_falls_under_slack():
     bound = LossBound(1.0, scale=0.1, rate=0.01, decay=0.0)
     start = bound.multiplier

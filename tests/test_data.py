@@ -11,6 +11,7 @@ from data import dataset, prepare
 from data.dataset import Dataset
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, tokenizer_of
 from support.command_line import UserError
+from tests.conftest import ROOT
 from tests.letters import Letters, split_texts
 
 
@@ -46,6 +47,29 @@ def test_addition_holds_every_problem_once_per_split(tmp_path, program):
         assert len(lines) == len(set(lines)) == 10_000
         assert all(line[2] + line[5] == "+=" for line in lines)
         assert all(int(line[:2]) + int(line[3:5]) == int(line[6:]) for line in lines)
+
+
+def test_recall_asks_for_the_digit_after_the_letter(tmp_path, program):
+    code, out, _ = program(prepare.main, "recall", f"--data_dir={tmp_path}")
+    assert code == 0 and "360,000 training and 40,000 validation" in out
+    tokenizer = tokenizer_of(dataset.read_meta(tmp_path / "recall"))
+    lines = [tokenizer.decode(tokens_of(tmp_path / "recall", split)) for split in ("train", "val")]
+    lines = [text[i : i + 10] for text in lines for i in range(0, len(text), 10)]
+    assert len(set(lines)) == 40_000, "no prompt is in both splits"
+    for line in lines:
+        pairs = line[:8].lstrip(".")
+        digit_of = dict(zip(pairs[::2], pairs[1::2]))
+        assert 2 <= len(digit_of) == len(pairs) / 2 and digit_of[line[8]] == line[9]
+
+
+def test_the_end_of_a_text_is_held_out_of_training(tmp_path):
+    prepare.prepare_text([ROOT / "README.md"], tmp_path / "text", "char", 0.1)
+    data = Dataset("text", 16, tmp_path)
+    whole, parts = np.fromfile(tmp_path / "text" / "train.bin", np.uint16), data.tokens
+    assert len(parts["held_out"]) == len(whole) // 20
+    assert np.array_equal(np.concatenate([parts["train"], parts["held_out"]]), whole)
+    x, _ = data.batch("train", 2000, torch.Generator().manual_seed(0))
+    assert x.shape == (2000, 16) and data.starts("held_out").max() < len(parts["held_out"]) - 16
 
 
 def test_only_the_answer_is_to_be_predicted(data_dir):

@@ -2,16 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import model
 from data.dataset import read_meta
-from experiments import circuit_curve
+from experiments import baselines, circuit_curve, seeds
+from gates import GATES
 from support.checkpoints import save_model
 from tests.conftest import ROOT
 from tests.test_model import tiny
+from train import RECIPES, train
 
 
 def test_the_curve_of_circuits(program, tmp_path, data_dir):
@@ -39,3 +42,69 @@ def test_the_low_rank_gates_of_the_docs(monkeypatch):
     _, loss, stats = net(idx, idx, return_stats=True)
     (loss + stats.penalty.mean()).backward()
     assert net.h[0].attn.gate_qk.weight.grad.abs().sum() > 0 and 0 < stats.hard_edges.mean() < 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Seeds and baselines
+
+
+@pytest.mark.slow
+def test_seeds_trains_what_is_missing_and_shows_the_median(program, tmp_path, data_dir):
+    sizes = "--n_layer=1 --n_head=2 --n_embd=8 --block_size=5 --pretrain_steps=2 --sparsify_steps=2"
+    options = f"--dataset=sums --data_dir={data_dir} --device=cpu {sizes}"
+    argv = ["addition", "--seeds=3", "--threads=1", f"--options={options}", f"--out_dir={tmp_path}"]
+    code, out, err = program(seeds.main, *argv)
+    assert code == 0 and out.count("is done") == 3, err
+    rows = {words[0]: words[1:] for words in map(str.split, out.splitlines()) if words}
+    losses = sorted(float(line.split()[4]) for line in out.splitlines() if line.startswith("seed "))
+    assert [rows[name][2] for name in ("lowest", "median", "highest")] == [f"{loss:.4f}" for loss in losses]
+    code, out, err = program(seeds.main, *argv)
+    assert code == 0 and "is done" not in out, "finished runs are read"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    """The folder of a small run on the task sums."""
+    folder = tmp_path_factory.mktemp("baselines") / "run"
+    config = replace(
+        RECIPES["addition"], dataset="sums", data_dir=str(data_dir), out_dir=str(folder), device="cpu",
+        n_layer=2, n_head=2, n_embd=16, block_size=5, pretrain_steps=30, sparsify_steps=20, plot_text="",
+    )  # fmt: skip
+    train(config)
+    return folder
+
+
+def test_every_baseline_trains_on_the_same_number_of_edges(program, trained):
+    code, out, err = program(baselines.main, trained, "--edges=0.2")
+    assert code == 0, err
+    found = {name: json.loads((trained / "baselines" / f"{name}.json").read_text()) for name in baselines.BASELINES}
+    n_edges = 0.2 * 2 * 2 * 15  # of 15 pairs in each of 4 heads
+    assert found["fixed"]["edges_hard"] * 60 == pytest.approx(n_edges)
+    assert n_edges <= found["window"]["edges_hard"] * 60 <= n_edges + 5, "a window is whole offsets"
+    assert 0 < found["top"]["edges_hard"] < 1
+    assert [line.split()[0] for line in out.splitlines()[-4:]] == sorted(baselines.BASELINES)
+    code, out, err = program(baselines.main, trained / "nothing")
+    assert code == 2 and "holds no finished run: give a folder that train.py wrote" in err
+
+
+def test_fixed_edges_are_attention_over_these_edges_only():
+    q, k, v = torch.randn(3, 2, 2, 6, 4).double()
+    edges = torch.rand(2, 6, 6).tril() > 0.3
+    edges[0, 2] = False
+    y, stats = baselines.masked_attention(edges, q, k, v, None, None, True)
+    for h in range(2):
+        for i in range(6):
+            keys = edges[h, i].nonzero()[:, 0]
+            weights = torch.softmax(q[:, h, i, None] @ k[:, h, keys].mT / 2, dim=-1)
+            wanted = (weights @ v[:, h, keys])[:, 0] if len(keys) else torch.zeros(2, 4)
+            assert torch.allclose(y[:, h, i], wanted.double())
+    assert stats.hard_edges.tolist() == pytest.approx((edges.float().sum(dim=(1, 2)) / 21).tolist())
+
+
+def test_learned_edges_that_are_all_open_are_plain_attention():
+    q, k, v = torch.randn(3, 2, 2, 6, 4)
+    y, _ = baselines.learned_attention(
+        lambda: torch.full((2, 6, 6), 9.0), q, k, v, None, GATES["hard_concrete"](), False
+    )
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(y, wanted, atol=1e-5)

@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from support import command_line, runs
 from support.checkpoints import RUN, load_checkpoint, save_checkpoint, save_model
 from support.command_line import UserError
+from support.files import make_folder
 from support.gated import calibrate_gate_biases
 from support.report import evaluate
 from tests.conftest import ROOT
@@ -27,7 +28,7 @@ from train import RECIPES, TrainConfig, learning_rate_at, make_optimizer, train,
 SMALL = TrainConfig(
     dataset="sums", n_layer=2, n_head=2, n_embd=16, block_size=5, batch_size=16, pretrain_steps=12,
     sparsify_steps=12, control=False, learning_rate=1e-2, gate_learning_rate=1e-1, min_lr=1e-3, warmup_iters=2,
-    eval_interval=5, log_interval=3, dropout=0.1, bound_stderr=0.05, device="cpu", seed=3,
+    eval_interval=5, log_interval=3, dropout=0.1, device="cpu", seed=3,
 )  # fmt: skip
 
 
@@ -105,6 +106,29 @@ def test_learning_rates():
     assert seen == [(6, 0.1, 1), (10, 0, 1), (1, 0, 10)]
 
 
+def test_slack_falls_to_zero_before_the_end():
+    slack = [train_module.slack_at(step, 100, replace(SMALL, loss_slack=0.7)) for step in (0, 35, 70, 99)]
+    assert slack == pytest.approx([0.7, 0.35, 0.0, 0.0])
+
+
+def test_the_held_out_loss_is_that_of_the_whole_split_but_for_the_noise_of_the_difference(small, tmp_path):
+    """Every batch gives the dense model's own mean for the dense model, and nearly the truth for a model that
+    differs little; with deterministic gates, and the model's mode stays."""
+    data = Dataset("sums", 5, small.data_dir)
+    run = runs.Run(small, data, "cpu", make_folder(tmp_path / "held"), None, [])
+    dense = tiny()
+    held_out = train_module.HeldOut(run, dense)
+    mean = evaluate(dense, data, 16)["loss"]
+    assert held_out.dense.mean().item() == pytest.approx(mean, rel=1e-5)
+    assert all(held_out.loss(dense, step).item() == pytest.approx(mean, rel=1e-5) for step in range(3))
+    gated = tiny("bernoulli", gate_bias=0.5).train()
+    gated.load_state_dict(dense.state_dict(), strict=False)
+    truth = evaluate(gated, data, 16)["loss"]
+    seen = torch.stack([held_out.loss(gated, step) for step in range(200)])
+    assert gated.training and seen.std() > 0
+    assert seen.mean().item() == pytest.approx(truth, abs=4 * seen.std().item() / 200**0.5)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # A run
 
@@ -121,9 +145,11 @@ def test_a_run_writes_what_it_promises(small, tmp_path, capsys):
         result = evaluate(GPT.from_pretrained(folder / f"{name}.pt"), data, 32)
         assert result["loss"] == pytest.approx(summary[key])
     lines = [line for line in log_of(folder, ()) if line["phase"] == "sparse" and "multiplier" in line]
-    assert [line["step"] for line in lines] == [3, 6, 9, 12] and summary["training_loss"] == lines[-1]["loss"]
-    wanted = {"phase", "step", "loss", "bound", "multiplier", "expected_edges", "hard_edges", "learning_rate"}
-    assert all(line.keys() == wanted | {"tokens_per_second"} for line in lines)
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    wanted = {"phase", "step", "loss", "held_out_loss", "bound", "multiplier", "expected_edges", "hard_edges"}
+    assert all(line.keys() == wanted | {"learning_rate", "tokens_per_second"} for line in lines)
+    assert summary["training_bound"] == pytest.approx(summary["bound"]), "a task is trained on in full"
+    assert summary["training_loss"] == pytest.approx(summary["sparse_loss"])
     out = capsys.readouterr().out
     for words in ("hard edges", "empty rows", "accuracy", "layer 1", "attention.png", "tokens/s", "left"):
         assert words in out
@@ -142,9 +168,9 @@ def test_thirty_steps_close_edges(small, gate):
     gated = dict(gate=gate, gate_bias=1.0)
     config = replace(small, **gated, pretrain_steps=1, sparsify_steps=30, loss_tolerance=10.0)
     model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=2, n_head=2, n_embd=16, **gated))
-    before = evaluate(model, Dataset("sums", 5, small.data_dir), 32)  # a new model's scores are near zero
+    before = evaluate(model, Dataset("sums", 5, small.data_dir), 32)  # a new model's
     after = train(config)
-    assert before["edges_hard"] > 0.9 and after["edges_hard"] < 0.8
+    assert before["edges_hard"] > 0.85 and after["edges_hard"] < 0.8
     assert after["edges_expected"] < before["edges_expected"] - 0.1
 
 
@@ -174,7 +200,6 @@ def test_text_runs_too(tmp_path):
         RECIPES["shakespeare_char"], dataset="text", data_dir=str(tmp_path / "data"),
         out_dir=str(tmp_path / "run"), learning_rate=1e-2, warmup_iters=10, pretrain_steps=100,
         sparsify_steps=5, eval_interval=100, block_size=16, batch_size=64, n_layer=2, n_embd=32, device="cpu",
-        bound_stderr=0.05,
     ))  # fmt: skip
     assert summary["dense_loss"] < 3.9 and "dense_accuracy" not in summary and summary["control_loss"] > 0
 
@@ -195,10 +220,10 @@ def test_automatic_gate_biases_let_a_model_with_low_scores_start_at_its_own_loss
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=5, vocab_size=12, n_layer=2, n_head=2, n_embd=16))
     with torch.no_grad():
-        model.wte.weight.mul_(20)
+        model.wte.weight.mul_(1.6)
         for block in model.h:
             for p in (block.attn.c_attn.weight, block.attn.c_proj.weight):
-                p.mul_(50)
+                p.mul_(4)
             block.attn.c_attn.bias[:16], block.attn.c_attn.bias[16:32] = 9.0, -9.0
     data, path = Dataset("sums", 5, small.data_dir), str(tmp_path / "low.pt")
     save_model(model, path, data.meta, {})
@@ -365,7 +390,7 @@ def with_other_meta(data):
 # Sentences
 
 BAD = [
-    (["adition"], "there is no recipe 'adition': choose one of addition, shakespeare_char"),
+    (["adition"], "there is no recipe 'adition': choose one of addition, recall, shakespeare"),
     (["addition", "--batchsize=4"], "what is --batchsize? Did you mean --batch_size?"),
     (["addition", "--n_embd=10", "--n_head=4"], "n_embd 10 is not divisible by n_head 4: change"),
     (["addition", "--pretrain_steps=0"], "--pretrain_steps is 0: give at least 1"),

@@ -1,0 +1,201 @@
+"""
+What a sceptic would try instead of gates that see the content, trained as long from the same dense model.
+
+    python experiments/baselines.py out/novels_char     a folder that train.py wrote; prints the table
+    python experiments/baselines.py out/addition --only=top
+
+Where a pattern is fixed, the softmax runs over its edges only. `learned` finds the best pattern: a gate of its
+own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
+model's own bound, but blind to content. `fixed` keeps the best of these edges, as many as the sparse model
+has, and trains again without noise. `window`: one head in each of the first two layers reads the positions
+just before. `top`: in every batch, the largest attention weights of all layers and heads.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
+
+import train
+from constrained import LossBound
+from data.dataset import Dataset
+from gates import GATES, AttentionStats, causal_scores, edge_penalty
+from model import GPT, causal_mask
+from support import command_line, ranks
+from support.checkpoints import open_pretrained
+from support.command_line import UserError, arguments, option
+from support.files import make_folder, write_json
+from support.report import evaluate, result_line
+from support.runs import Run, signals_noted
+
+BASELINES = ("window", "top", "learned", "fixed")
+
+
+@dataclass
+class BaselineConfig:
+    folder: tuple = arguments("one folder that train.py wrote", 1, 1)
+    only: str = option("", "one baseline; empty: all", choices=("", *BASELINES))
+    edges: float = option(0.0, "fraction of the edges to keep; 0: as many as the sparse model", at_least=0, below=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention: each takes what gates.gated_attention takes, and returns (y, AttentionStats)
+
+
+def output(weights, v, edges, penalty=None):
+    """weights (B, H, T, T) that sum to one, or to zero in rows without an edge -> y and its figures."""
+    T = weights.size(-1)
+    fraction = edges.expand_as(weights).float().sum(dim=(0, 2, 3)) / (len(weights) * T * (T + 1) / 2)  # (H,)
+    zero = torch.zeros_like(fraction)
+    return weights @ v, AttentionStats(zero if penalty is None else penalty, fraction, fraction, zero, zero)
+
+
+def masked_attention(edges, q, k, v, bias, gate, training):
+    """Attention along fixed edges, (H, T, T) bool."""
+    scores = causal_scores(q, k).masked_fill(~edges, torch.finfo(torch.float32).min / 4)
+    return output(scores.softmax(dim=-1) * edges, v, edges)
+
+
+def learned_attention(log_alpha, q, k, v, bias, gate, training):
+    """Attention through gates that do not see the content. log_alpha: a function -> (H, T, T)."""
+    a, T = log_alpha(), q.size(2)
+    z = gate.sample(a.expand(len(q), -1, -1, -1)) if training else gate.deterministic(a)
+    z = z * causal_mask(T, T, q.device)
+    scores = causal_scores(q, k)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp() * z
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)  # over the open edges only
+    penalty = edge_penalty(gate, a).tril().sum(dim=(1, 2)) / (T * (T + 1) / 2)
+    return output(weights, v, (z > 0) if training else gate.deterministic(a).tril() > 0, penalty)
+
+
+class Top:
+    """The largest weights of all layers and heads: a threshold that moves until the fraction is right."""
+
+    def __init__(self, fraction, n_layer):
+        self.fraction, self.n_layer, self.log_threshold, self.seen = fraction, n_layer, -1.0, []
+
+    def __call__(self, q, k, v, bias, gate, training):
+        pattern = causal_scores(q, k).softmax(dim=-1)
+        edges = pattern > torch.tensor(self.log_threshold).exp()
+        y, stats = output(pattern * edges, v, edges)
+        if training:
+            self.seen.append(stats.hard_edges.mean().item())
+            if len(self.seen) == self.n_layer:
+                excess = sum(self.seen) / self.n_layer / self.fraction - 1
+                self.log_threshold = min(self.log_threshold + 0.05 * min(max(excess, -1), 1), -1e-3)
+                self.seen = []
+        return y, stats
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Patterns
+
+
+def window_edges(model, fraction, T):
+    """(L, H, T, T) bool: head 0 of layers 0 and 1 reads its own position and the ones before."""
+    c = model.config
+    edges = torch.zeros(c.n_layer, c.n_head, T, T, dtype=torch.bool)
+    n_edges, width = fraction * c.n_layer * c.n_head * T * (T + 1) / 2, 0
+    while edges.sum() < n_edges:
+        edges[min(width % 2, c.n_layer - 1), 0] |= torch.eye(T, dtype=torch.bool).roll(width // 2, 0).tril()
+        width += 1
+    return edges
+
+
+class Learned(torch.nn.Module):
+    """log_alpha of every (layer, head, offset), or of every (layer, head, query, key) of a toy task."""
+
+    def __init__(self, config, T, by_offset):
+        super().__init__()
+        size = (T,) if by_offset else (T, T)
+        self.gate_bias = torch.nn.Parameter(torch.full((config.n_layer, config.n_head, *size), 5.0))
+        self.offset = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0) if by_offset else None
+
+    def forward(self, layer):
+        a = self.gate_bias[layer]
+        return a if self.offset is None else a[:, self.offset]  # (H, T, T)
+
+
+def best_edges(learned, n_layer, fraction, T):
+    """(L, H, T, T) bool: the largest log_alpha, until the fraction is reached."""
+    a = torch.stack([learned(layer).detach() for layer in range(n_layer)])
+    a = a.masked_fill(~causal_mask(T, T), float("-inf"))
+    n_edges = max(1, round(fraction * a.isfinite().sum().item()))
+    return a >= a.flatten().topk(n_edges).values[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def gated_copy(dense, attends):
+    """The dense model, whose layers attend by these functions."""
+    model = GPT(replace(dense.config, gate="hard_concrete"))
+    model.load_state_dict(dense.state_dict(), strict=False)
+    for block, attend in zip(model.h, attends):
+        block.attn.attend = attend
+    return model
+
+
+def trained(run, name, model, dense, bounded=False):
+    """Train as the sparse phase does, under its bound or for the loss alone. Returns what evaluate finds."""
+    config, bound, held_out = run.config, None, None
+    if bounded:
+        held_out = train.HeldOut(run, dense)
+        limit = held_out.dense.mean().item() + config.loss_tolerance
+        scale, rate, largest = config.multiplier_scale, config.multiplier_rate, config.multiplier_max
+        bound = LossBound(limit, scale, rate, largest=largest)
+    torch.manual_seed(config.seed)
+    train.fit(run, name, model, config.sparsify_steps, bound=bound, held_out=held_out)
+    return evaluate(model, run.data, config.batch_size)
+
+
+def main(argv):
+    options = command_line.parse(BaselineConfig(), argv, __doc__)
+    folder = Path(options.folder[0])
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"{folder} holds no finished run: give a folder that train.py wrote, such as out/addition")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    out = make_folder(folder / "baselines")
+    config = replace(train.TrainConfig(**summary["config"]), out_dir=str(out), resume=False)
+    data = Dataset(config.dataset, config.block_size, config.data_dir, ranks.find_device(config.device))
+    dense = GPT.from_pretrained(open_pretrained(folder / "dense.pt")).to(data.device)
+    fraction, T, n_layer = options.edges or summary["edges_hard"], data.sequence_tokens, dense.config.n_layer
+    learned = Learned(dense.config, T, by_offset=not data.is_task)
+    print(f"{folder}: {fraction:.2%} of the edges, {config.sparsify_steps} steps each")
+    with signals_noted() as stop:
+        run = Run(config, data, data.device, out, None, stop)
+        for name in [options.only] if options.only else BASELINES:
+            if (out / f"{name}.json").is_file():
+                continue
+            if name == "top":
+                attends = [Top(fraction, n_layer)] * n_layer
+            elif name == "learned":
+                attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
+            elif name == "window":
+                attends = [partial(masked_attention, e) for e in window_edges(dense, fraction, T)]
+            else:
+                if not (out / "learned.pt").is_file():
+                    raise UserError("fixed takes its edges from learned: run that before")
+                learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
+                attends = [partial(masked_attention, e) for e in best_edges(learned, n_layer, fraction, T)]
+            model = gated_copy(dense, attends).to(data.device)
+            if name == "learned":
+                model.learned = learned  # its parameters train, too
+            result = trained(run, name, model, dense, bounded=name == "learned")
+            torch.save(learned.state_dict(), out / "learned_gates.pt")
+            write_json(result, out / f"{name}.json")
+    rows = {"dense": summary["dense_loss"], "bound": summary["bound"], "sparse": summary["sparse_loss"]}
+    print("\n" + "  ".join(f"{name} {loss:.4f}" for name, loss in rows.items()))
+    for path in sorted(out.glob("*.json")):
+        if path.stem in BASELINES:
+            print(result_line(f"{path.stem:8}", json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,93 @@
+"""
+A recipe over several seeds: every run in a table, then the median with the lowest and the highest.
+
+    python experiments/seeds.py addition --seeds=10 --threads=1 --at_once=2
+    python experiments/seeds.py addition --seeds=10 --threads=2
+    python experiments/seeds.py recall --options="--multiplier_max=10"
+
+A run that is finished is read, not repeated: the same command prints its table again. Every run trains a dense
+model of its own.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
+
+from support import command_line
+from support.command_line import UserError, arguments, option
+
+COLUMNS = {  # of the table, from summary.json
+    "dense": ("dense_loss", "{:.4f}"),
+    "control": ("control_loss", "{:.4f}"),
+    "bound": ("bound", "{:.4f}"),
+    "sparse": ("sparse_loss", "{:.4f}"),
+    "accuracy": ("sparse_accuracy", "{:.2%}"),
+    "hard edges": ("edges_hard", "{:.2%}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+
+
+@dataclass
+class SeedsConfig:
+    recipe: tuple = arguments("one recipe of train.py", 1, 1)
+    seeds: int = option(3, "how many: 0, 1, 2, ...", at_least=1)
+    threads: int = option(0, "of a run; 0: as many as PyTorch takes", at_least=0)
+    at_once: int = option(1, "runs at the same time", at_least=1)
+    options: str = option("", 'further options of train.py, such as "--multiplier_max=10"')
+    out_dir: str = option("out/seeds", "where the runs are")
+
+
+def run(config, seed):
+    """Train one seed, unless that is done. Returns its summary.json."""
+    words = config.options.split()
+    threads = f"{config.threads or 'all'} threads"
+    folder = Path(config.out_dir) / " ".join([config.recipe[0], *words, threads, f"seed {seed}"]).replace("--", "")
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        resume = ["--resume"] if (folder / "last.pt").is_file() else [f"--seed={seed}", *words]
+        command = [sys.executable, "train.py", config.recipe[0], f"--out_dir={folder}", *resume]
+        environment = os.environ | ({"OMP_NUM_THREADS": str(config.threads)} if config.threads else {})
+        with open(folder / "output.txt", "a") as output:
+            done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed: see {folder / 'output.txt'}")
+        print(f"{folder} is done", flush=True)
+    return json.loads(summary.read_text(encoding="utf-8"))
+
+
+def table(summaries):
+    """A row per run, then the median, the lowest and the highest of every column, and how many runs are
+    within their bound."""
+    for summary in summaries:
+        summary["seconds"] = sum(summary["seconds"].values())
+    columns = {name: form for name, form in COLUMNS.items() if form[0] in summaries[0]}
+    values = {name: [summary[key] for summary in summaries] for name, (key, _) in columns.items()}
+    rows = {f"seed {s['config']['seed']}": [v[i] for v in values.values()] for i, s in enumerate(summaries)}
+    for name, pick in (("median", statistics.median), ("lowest", min), ("highest", max)):
+        rows[name] = [pick(v) for v in values.values()]
+    lines = [f"{'':10}" + "".join(f"{name:>12}" for name in columns)]
+    for name, row in rows.items():
+        cells = [form.format(value) for (_, form), value in zip(columns.values(), row)]
+        lines.append(f"{name:10}" + "".join(f"{cell:>12}" for cell in cells))
+    n = sum(summary["within_bound"] for summary in summaries)
+    return "\n".join([*lines, f"{n} of {len(summaries)} are within their bound"])
+
+
+def main(argv):
+    config = command_line.parse(SeedsConfig(), argv, __doc__)
+    with ThreadPoolExecutor(config.at_once) as pool:
+        summaries = list(pool.map(lambda seed: run(config, seed), range(config.seeds)))
+    print(f"{config.recipe[0]} {config.options}: {summaries[0]['device']}")
+    print(table(summaries))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
