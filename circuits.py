@@ -267,7 +267,7 @@ class Problem:
         ranking = ranking.cpu().masked_fill(~self.candidates, -math.inf)
         return ranking.flatten().argsort(descending=True, stable=True)
 
-    def shortest_prefix(self, ranking, fits):
+    def short_prefix(self, ranking, fits):
         """By bisection: of the highest ranked candidates as few as fits(mask) takes, and of these the
         effective ones. All candidates where no prefix fits."""
         order, shortest, low, high = self.order(ranking), self.candidates, -1, int(self.candidates.sum())
@@ -355,7 +355,7 @@ def find_circuit(model, clean, corrupted, positions, *, bound=0.001, ablation="c
     with evaluating(model):
         problem = Problem(model, clean, corrupted, positions, ablation, by_position)
         ranking = search(problem, bound, steps, seed, batch_size)
-        mask = problem.shortest_prefix(ranking, lambda mask: problem.fits(mask, bound))
+        mask = problem.short_prefix(ranking, lambda mask: problem.fits(mask, bound))
         mask = problem.swept(mask, ranking, bound) if sweep else mask
     found = {"bound": bound, "steps": steps, "seed": seed, "examples": len(clean)}
     found |= {"candidates": int(problem.candidates.sum()), "seconds": round(time.time() - started, 1)}
@@ -412,7 +412,7 @@ class CircuitConfig:
     data_dir: str = option("data", "where the datasets are")
     out_dir: str = option("", "where to write; empty: out/<task>")
     examples: int = option(0, "pairs of prompts to search on, and others to score on; 0: by task", at_least=0)
-    bound: float = option(0.001, "KL(full model || circuit) at the answer at most, nats", above=0)
+    bound: float = option(0.001, "KL(full model || circuit) of the answer's tokens at most, nats", above=0)
     ablation: str = option("corrupted", "what closed edges deliver, see ablated_writers", choices=ABLATIONS)
     positions: bool = option(False, "edges of their own for every position; for prompts that are aligned")
     steps: int = option(400, "steps of the search", at_least=1)

@@ -55,8 +55,8 @@ class TrainConfig:
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_bias: float = option(5.0, "where gates' biases start; auto: so that edges are open", word="auto")
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
-    loss_slack: float = option(0.05, "what the bound allows on top at first, nats; falls to 0", at_least=0)
-    multiplier_max: float = option(20.0, "price of a nat of loss at most, and at first", above=0.001)
+    loss_allowance: float = option(0.05, "what the loss may have on top at first, nats; falls to 0", at_least=0)
+    multiplier_max: float = option(20.0, "where the multiplier starts, and its maximum", above=0.001)
     multiplier_rate: float = option(0.01, "how far log(multiplier) moves per step at most", above=0)
     multiplier_scale: float = option(0.01, "violation of the bound that moves it that far, nats", above=0)
     # optimisation; the schedule runs anew in every phase
@@ -105,12 +105,12 @@ LARGER = replace(GPT2, batch_size=4, gradient_accumulation_steps=48)
 RECIPES = {
     "addition": TrainConfig(
         dataset="addition", plot_text="57+68=125", n_embd=64, block_size=8, batch_size=128,
-        pretrain_steps=1000, sparsify_steps=5000, control=False, loss_tolerance=0.003,
+        pretrain_steps=1000, sparsify_steps=3500, control=False, loss_tolerance=0.003,
         learning_rate=6e-3, gate_learning_rate=6e-2, min_lr=3e-4,
     ),  # fmt: skip
     "recall": TrainConfig(
         dataset="recall", plot_text="c4a1d7b2a", n_embd=64, block_size=9, batch_size=128,
-        pretrain_steps=500, sparsify_steps=3000, control=False,
+        pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
     "shakespeare_char": TrainConfig(loss_tolerance=0.005),
     "shakespeare_char_gpu": TrainConfig(
@@ -135,7 +135,7 @@ def training_step(
     """One step of post-training on all weights and gates; with bound=None, of plain training.
 
     batches: this rank's micro-steps, (x, y) each; bound: LossBound on held_out_loss (HeldOut.loss), nats; if
-    that is None, on the loss of this step; stop: not empty if this rank wants to stop. Returns the mean loss
+    that is None, on the training loss; stop: not empty if this rank wants to stop. Returns the mean loss
     over micro-steps and ranks, the last micro-step's AttentionStats, and whether any rank wants to stop.
     Raises UserError, on all ranks and before anything is changed, if the loss or the gradient is not
     finite."""
@@ -149,24 +149,25 @@ def training_step(
             (objective / len(batches)).backward()
         total = total + loss.detach() / len(batches)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    bounded = total if held_out_loss is None else held_out_loss
-    total, bounded, norm, stop = ranks.mean(total, bounded, norm, len(stop))  # one reduction carries all
+    measured = total if held_out_loss is None else held_out_loss
+    total, measured, norm, stop = ranks.mean(total, measured, norm, len(stop))  # one reduction carries all
     if not math.isfinite(total + norm):
         wrong = f"the loss is {total}, the norm of the gradient {norm}"
-        raise UserError(f"{wrong}: last.pt holds the last good state; try a smaller --learning_rate")
+        raise UserError(f"{wrong}: start again with a smaller --learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
-        bound.update(bounded)  # the multiplier rises under violation, falls under slack
+        bound.update(measured)  # the multiplier rises under violation, falls under slack
     return total, stats, stop > 0
 
 
 class HeldOut:
-    """The loss that the bound is on: with deterministic gates, on data that is not trained on.
+    """The loss that the bound is on: with deterministic gates, on the end of the training text, which is not
+    trained on; of a toy task, on all its examples.
 
-    The mean of one batch says little, since some text is harder. Its difference to the dense model's says a
-    lot. So the dense model's loss is measured once for every sequence, and `loss` adds the difference on one
-    batch to its mean."""
+    Sequences differ in difficulty, so the mean of one batch is noisy; the difference to the dense model on the
+    same sequences is not. The estimate is the dense model's mean over all of them, measured once, plus that
+    difference on one batch."""
 
     def __init__(self, run, dense):
         self.run, self.starts = run, run.data.starts("held_out")
@@ -182,7 +183,7 @@ class HeldOut:
                 logits, _ = model(x, y)
                 found.append(F.cross_entropy(logits.float().mT, y, ignore_index=-1, reduction="none"))
         losses = torch.cat(found)
-        return losses.cpu().sum(dim=1) / (y[0] >= 0).sum().item()
+        return losses.cpu().sum(dim=1) / (y[0] >= 0).sum().item()  # all predict equally many tokens
 
     def loss(self, model, step):
         """The held-out loss, estimated on this rank's batch of this step."""
@@ -191,10 +192,11 @@ class HeldOut:
         return self.dense.mean() + (self.losses(model, self.starts[rows]) - self.dense[rows]).mean()
 
 
-def slack_at(step, steps, config):
-    """What the bound allows on top. A high learning rate costs loss that comes back when the rate falls, so
-    the slack falls, too: from loss_slack to 0, in a line, over the first 70 % of the steps."""
-    return config.loss_slack * max(0.0, 1 - step / (0.7 * steps))
+def allowance_at(step, steps, config):
+    """What the loss may have on top of the bound. A high learning rate raises the loss for a while, and the
+    rise disappears as the rate falls. So this falls, too: from loss_allowance to 0, linearly, over the first
+    70 % of the steps."""
+    return config.loss_allowance * max(0.0, 1 - step / (0.7 * steps))
 
 
 def learning_rate_at(step, steps, config):
@@ -241,7 +243,7 @@ def fit(run, phase, model, steps, weight_decay=0.0, bound=None, held_out=None):
         batches = run.batches(generator, config.gradient_accumulation_steps)
         held_out_loss = None
         if bound is not None:
-            bound.slack = slack_at(step, steps, config)
+            bound.allowance = allowance_at(step, steps, config)
             held_out_loss = held_out.loss(model, step)
         loss, stats, stop = training_step(
             forward, optimizer, batches, bound, config.grad_clip, held_out_loss, run.autocast, run.stop

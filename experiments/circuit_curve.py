@@ -44,15 +44,15 @@ def curve(model, task, others, config):
     for factor in (0.3, 1, 3, 30):
         bound = factor * config.bound
         ranking = circuits.search(problem, bound, config.steps, config.seed, config.batch_size)
-        masks = {"edge pruning": problem.shortest_prefix(ranking, lambda mask: problem.fits(mask, bound))}
+        masks = {"edge pruning": problem.short_prefix(ranking, lambda mask: problem.fits(mask, bound))}
         n = int(masks["edge pruning"].sum())
         for way, other in rankings.items():
-            masks[way] = problem.shortest_prefix(other, lambda mask: int(mask.sum()) >= n)
+            masks[way] = problem.short_prefix(other, lambda mask: int(mask.sum()) >= n)
         for way, mask in masks.items():
             points[way].append({"bound": bound, **scores(problem.circuit(mask), others)})
     at_bound = {"edge pruning": points["edge pruning"][1]["edges"]}
     for way, other in rankings.items():
-        found = problem.shortest_prefix(other, lambda mask: problem.fits(mask, config.bound))
+        found = problem.short_prefix(other, lambda mask: problem.fits(mask, config.bound))
         at_bound[way] = int(found.sum())
     return points, at_bound
 

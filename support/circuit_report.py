@@ -7,11 +7,11 @@ from support.graph import reading
 from support.report import side_by_side
 
 ROWS = {  # a figure of circuits.find_circuit or circuits.scores: (label, format)
-    "candidates": ("edges of the model", ",d"),
+    "candidates": ("candidate edges", ",d"),
     "edges": ("edges", ",d"),
     "heads": ("heads", "d"),
     "mlps": ("MLPs", "d"),
-    "attention_edges": ("tokens read, per prompt", ",.1f"),
+    "attention_edges": ("open attention edges", ",.1f"),
     "bound": ("bound on the KL, nats", ".4f"),
     "kl_searched": ("KL", ".4f"),
     "kl": ("KL, other examples", ".4f"),

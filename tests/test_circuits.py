@@ -456,7 +456,7 @@ def test_dense_against_sparse_on_the_command_line(program, checkpoints, data_dir
     assert content["ratio"] == pytest.approx(dense / sparse)
     assert f"edges dense / sparse: {dense / sparse:.1f}" in out
     rows = {line[:24].strip(): line[24:].split() for line in out.splitlines()}
-    assert rows["edges of the model"] == ["46", "18"] and len(rows["overlap of seeds"]) == 2
+    assert rows["candidate edges"] == ["46", "18"] and len(rows["overlap of seeds"]) == 2
     assert (checkpoints / "circuits.png").stat().st_size > 5000
 
 

@@ -54,12 +54,12 @@ def test_no_price_helps_where_the_loss_has_no_gradient():
     assert abs(x.item()) < 1e-3 and bound.log_multiplier == bound.log_max
 
 
-def test_slack_is_allowed_on_top_of_the_bound():
+def test_an_allowance_is_granted_on_top_of_the_bound():
     bound = LossBound(1.0, decay=0.0)
-    bound.slack = 0.5
+    bound.allowance = 0.5
     bound.update(1.4)
     assert bound.log_multiplier < bound.log_max
-    bound.slack = 0.0
+    bound.allowance = 0.0
     bound.update(1.4)
     assert bound.log_multiplier == bound.log_max
 

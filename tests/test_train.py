@@ -91,7 +91,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data_dir):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     model.ln_f.weight.register_hook(lambda grad: grad * float("nan"))  # the loss stays finite
     batch = Dataset("sums", 5, data_dir).batch("train", 8, torch.Generator().manual_seed(0))
-    with pytest.raises(UserError, match="norm of the gradient nan: last.pt holds the last good state; try"):
+    with pytest.raises(UserError, match="norm of the gradient nan: start again with a smaller --learning_rate"):
         training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), [batch], None, 1.0)
     assert same(before, model.state_dict())
 
@@ -106,9 +106,9 @@ def test_learning_rates():
     assert seen == [(6, 0.1, 1), (10, 0, 1), (1, 0, 10)]
 
 
-def test_slack_falls_to_zero_before_the_end():
-    slack = [train_module.slack_at(step, 100, replace(SMALL, loss_slack=0.7)) for step in (0, 35, 70, 99)]
-    assert slack == pytest.approx([0.7, 0.35, 0.0, 0.0])
+def test_the_allowance_falls_to_zero_before_the_end():
+    allowance = [train_module.allowance_at(step, 100, replace(SMALL, loss_allowance=0.7)) for step in (0, 35, 70, 99)]
+    assert allowance == pytest.approx([0.7, 0.35, 0.0, 0.0])
 
 
 def test_the_held_out_loss_is_that_of_the_whole_split_but_for_the_noise_of_the_difference(small, tmp_path):
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
         return training_step(model, *args)
 
     monkeypatch.setattr(train_module, "training_step", step)
-    with pytest.raises(UserError, match="the loss is nan, .*: last.pt holds the last good state; try a smaller"):
+    with pytest.raises(UserError, match="the loss is nan, .*: start again with a smaller --learning_rate"):
         train(small)
     saved = load_checkpoint(tmp_path / "run" / "last.pt", RUN)
     assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["parts"]["model"].values())
