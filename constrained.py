@@ -38,7 +38,7 @@ class LossBound:
     the clamp keeps a long phase on one side of the bound from doing the same.
     """
 
-    def __init__(self, bound, scale=0.01, rate=0.01, decay=0.9, smallest=1e-3, largest=20.0):
+    def __init__(self, bound, scale=0.01, rate=0.01, decay=0.98, smallest=1e-3, largest=20.0):
         self.bound, self.allowance, self.scale, self.rate, self.decay = bound, 0.0, scale, rate, decay
         self.log_min, self.log_max = math.log(smallest), math.log(largest)
         self.log_multiplier = self.log_max

@@ -22,7 +22,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
 
 import train
-from constrained import LossBound
 from data.dataset import Dataset
 from gates import GATES, AttentionStats, causal_scores, edge_penalty
 from model import GPT, causal_mask
@@ -147,9 +146,7 @@ def trained(run, name, model, dense, bounded=False):
     config, bound, held_out = run.config, None, None
     if bounded:
         held_out = train.HeldOut(run, dense)
-        limit = held_out.dense.mean().item() + config.loss_tolerance
-        scale, rate, largest = config.multiplier_scale, config.multiplier_rate, config.multiplier_max
-        bound = LossBound(limit, scale, rate, largest=largest)
+        bound = train.loss_bound(held_out, config)
     torch.manual_seed(config.seed)
     train.fit(run, name, model, config.sparsify_steps, bound=bound, held_out=held_out)
     return evaluate(model, run.data, config.batch_size)
