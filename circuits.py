@@ -312,11 +312,12 @@ class Problem:
 def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
     """Edge pruning: log_alpha of every edge after so many steps, (R, W, P).
 
-    All edges start open. Gates are drawn for every example, not once per batch: that takes most of the noise
-    out of the KL. The rest of the noise makes the sampled KL too large, so the multiplier follows the KL of
-    the deterministic circuit. Adam forgets squared gradients within some twenty steps (beta2 0.95): the
-    first, of a circuit that fails altogether, are thousands of times the last. The learning rate falls to a
-    tenth."""
+    All edges start at log_alpha 3, where a gate is below 1 in a fifth of the draws. Gates are drawn for every
+    example, not once per batch: that takes most of the noise out of the KL. The rest of the noise makes the
+    sampled KL too large, so the multiplier follows the KL of the deterministic circuit. The loss is the KL in
+    bounds, the cost a sum over edges. Adam forgets squared gradients within some twenty steps (beta2 0.95):
+    the first gradients, of a circuit that still fails, are thousands of times the last. The learning rate
+    falls to a tenth."""
     model, device = problem.model, problem.full.device
     generator = torch.Generator(device).manual_seed(seed)
     gate, candidates = GATES["hard_concrete"](), problem.candidates.to(device)

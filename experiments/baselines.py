@@ -1,8 +1,9 @@
 """
 What a sceptic would try instead of gates that see the content, trained as long from the same dense model.
 
-    python experiments/baselines.py out/novels_char     a folder that train.py wrote; prints the table
-    python experiments/baselines.py out/addition --only=top
+    python experiments/baselines.py out/addition out/recall     folders that train.py wrote
+
+Prints a table and draws a picture, loss against edges. What is trained already is read, not repeated.
 
 Where a pattern is fixed, the softmax runs over its edges only. `learned` finds the best pattern: a gate of its
 own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
@@ -25,21 +26,20 @@ import train
 from data.dataset import Dataset
 from gates import GATES, AttentionStats, causal_scores, edge_penalty
 from model import GPT, causal_mask
-from support import command_line, ranks
-from support.checkpoints import open_pretrained
+from support import command_line, pictures, ranks
 from support.command_line import UserError, arguments, option
 from support.files import make_folder, write_json
 from support.report import evaluate, result_line
 from support.runs import Run, signals_noted
 
-BASELINES = ("window", "top", "learned", "fixed")
+BASELINES = ("window", "top", "learned", "fixed")  # in this order: fixed takes the edges of learned
 
 
 @dataclass
 class BaselineConfig:
-    folder: tuple = arguments("one folder that train.py wrote", 1, 1)
-    only: str = option("", "one baseline; empty: all", choices=("", *BASELINES))
+    folders: tuple = arguments("one or more folders that train.py wrote", 1, 100)
     edges: float = option(0.0, "fraction of the edges to keep; 0: as many as the sparse model", at_least=0, below=1)
+    picture: str = option("out/baselines.png", "where to draw")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -152,24 +152,21 @@ def trained(run, name, model, dense, bounded=False):
     return evaluate(model, run.data, config.batch_size)
 
 
-def main(argv):
-    options = command_line.parse(BaselineConfig(), argv, __doc__)
-    folder = Path(options.folder[0])
-    if not (folder / "summary.json").is_file():
-        raise UserError(f"{folder} holds no finished run: give a folder that train.py wrote, such as out/addition")
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    out = make_folder(folder / "baselines")
-    config = replace(train.TrainConfig(**summary["config"]), out_dir=str(out), resume=False)
+def train_baselines(folder, options):
+    """Train the baselines that a folder lacks. Returns {name: what evaluate found}."""
+    config = replace(train.TrainConfig(**read(folder / "summary.json")["config"]), resume=False)
     data = Dataset(config.dataset, config.block_size, config.data_dir, ranks.find_device(config.device))
-    dense = GPT.from_pretrained(open_pretrained(folder / "dense.pt")).to(data.device)
-    fraction, T, n_layer = options.edges or summary["edges_hard"], data.sequence_tokens, dense.config.n_layer
-    learned = Learned(dense.config, T, by_offset=not data.is_task)
-    print(f"{folder}: {fraction:.2%} of the edges, {config.sparsify_steps} steps each")
+    out = make_folder(folder / "baselines")
+    dense = GPT.from_pretrained(folder / "dense.pt").to(data.device)
+    fraction = options.edges or read(folder / "summary.json")["edges_hard"]
+    T, n_layer = data.sequence_tokens, dense.config.n_layer
+    learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
     with signals_noted() as stop:
-        run = Run(config, data, data.device, out, None, stop)
-        for name in [options.only] if options.only else BASELINES:
+        run = Run(replace(config, out_dir=str(out)), data, data.device, out, None, stop)
+        for name in BASELINES:
             if (out / f"{name}.json").is_file():
                 continue
+            print(f"{folder}: {name}, {fraction:.2%} of the edges")
             if name == "top":
                 attends = [Top(fraction, n_layer)] * n_layer
             elif name == "learned":
@@ -177,21 +174,37 @@ def main(argv):
             elif name == "window":
                 attends = [partial(masked_attention, e) for e in window_edges(dense, fraction, T)]
             else:
-                if not (out / "learned.pt").is_file():
-                    raise UserError("fixed takes its edges from learned: run that before")
                 learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
                 attends = [partial(masked_attention, e) for e in best_edges(learned, n_layer, fraction, T)]
             model = gated_copy(dense, attends).to(data.device)
             if name == "learned":
                 model.learned = learned  # its parameters train, too
             result = trained(run, name, model, dense, bounded=name == "learned")
-            torch.save(learned.state_dict(), out / "learned_gates.pt")
+            if name == "learned":
+                torch.save(learned.state_dict(), out / "learned_gates.pt")
             write_json(result, out / f"{name}.json")
-    rows = {"dense": summary["dense_loss"], "bound": summary["bound"], "sparse": summary["sparse_loss"]}
-    print("\n" + "  ".join(f"{name} {loss:.4f}" for name, loss in rows.items()))
-    for path in sorted(out.glob("*.json")):
-        if path.stem in BASELINES:
-            print(result_line(f"{path.stem:8}", json.loads(path.read_text(encoding="utf-8"))))
+    return {name: read(out / f"{name}.json") for name in BASELINES}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(argv):
+    options = command_line.parse(BaselineConfig(), argv, __doc__)
+    folders = [Path(folder) for folder in options.folders]
+    for folder in folders:
+        if not (folder / "summary.json").is_file():
+            raise UserError(f"{folder} holds no finished run: give a folder that train.py wrote, such as out/addition")
+    panels = {}
+    for folder in folders:
+        found, summary = train_baselines(folder, options), read(folder / "summary.json")
+        sparse = {"loss": summary["sparse_loss"], **summary, "accuracy": summary.get("sparse_accuracy")}
+        found = {"sparse": {key: value for key, value in sparse.items() if value is not None}, **found}
+        panels[summary["config"]["dataset"]] = summary, found
+        print(f"\n{folder}: dense {summary['dense_loss']:.4f}, bound {summary['bound']:.4f}")
+        print("\n".join(result_line(f"{name:8}", result) for name, result in found.items()))
+    print(f"\nwrote {pictures.save(pictures.baselines_figure(panels), options.picture)}")
 
 
 if __name__ == "__main__":

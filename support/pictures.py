@@ -251,6 +251,26 @@ def positions_figure(labels, circuits, n_layer):
     return figure
 
 
+def baselines_figure(panels):
+    """Loss against edges, a panel per dataset. panels: {dataset: (summary.json, {model: what evaluate found})}."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, (dataset, (summary, models)) in zip(axes[0], panels.items()):
+        for (name, result), shade, marker in zip(models.items(), HEADS, "*os^DvP"):
+            point, size = (100 * result["edges_hard"], result["loss"]), 220 if name == "sparse" else 60
+            axis.scatter(*point, s=size, color=shade, marker=marker, label=name, zorder=3)
+        axis.axhline(summary["dense_loss"], color=BLACK, lw=0.8, label="dense")
+        axis.axhline(summary["bound"], color=BLACK, lw=0.8, ls="--", label="bound")
+        if "control_loss" in summary:
+            axis.axhline(summary["control_loss"], color=BLACK, lw=0.8, ls=":", label="control")
+        losses = [result["loss"] for result in models.values()]
+        axis.set(xlabel="open edges (%)", yscale="log" if max(losses) > 10 * min(losses) else "linear")
+        axis.set_title(dataset, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("validation loss (nats)")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def curve_figure(curves):
     """Faithfulness against number of edges, one line per model and way to choose edges. curves: {model's
     name: {way: [(edges, faithfulness), ...]}}; the same ways for every model."""
