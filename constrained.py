@@ -34,8 +34,8 @@ class LossBound:
 
     How `update` follows: a price must be positive, so ascend on its logarithm, log m. A single batch is
     noisy, so use the running average of the loss. The step is rate * (average - bound - allowance) / scale,
-    clipped to [-rate, rate], because early violations are a hundred times the later ones and would wind the price up;
-    the clamp keeps a long phase on one side of the bound from doing the same.
+    clipped to [-rate, rate], because early violations are a hundred times the later ones and would wind the
+    price up; the clamp keeps a long phase on one side of the bound from doing the same.
     """
 
     def __init__(self, bound, scale=0.01, rate=0.01, decay=0.98, smallest=1e-3, largest=20.0):

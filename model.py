@@ -172,11 +172,9 @@ class GPT(nn.Module):
         self.initialise(dict(self.named_parameters()))
 
     def initialise(self, parameters):
-        """Normal with a standard deviation of 1 / sqrt(C), biases zero, and, as in GPT-2, the layers that write
-        to the residual stream scaled down by 1 / sqrt(2 L). parameters: {name: parameter}.
-
-        GPT-2 has 0.02 at any width. That is small for a narrow model: all its scores start near zero, and it
-        takes thousands of steps until heads look where they should."""
+        """Normal with standard deviation 1 / sqrt(C), biases zero, and, as in GPT-2, layers that write to the
+        residual stream scaled down by 1 / sqrt(2 L). GPT-2's 0.02 is too small for a narrow model: all its
+        scores start near zero, and heads take thousands of steps to find what to read."""
         std = 1 / math.sqrt(self.config.n_embd)
         for name, p in parameters.items():
             if name.endswith("gate_bias"):

@@ -2,7 +2,7 @@
 Generate text from a checkpoint, show its attention, or score it.
 
     python sample.py out/addition/sparse.pt --prompt=57+68=
-    python sample.py out/addition/sparse.pt --prompt=57+68= --compare=out/addition/dense.pt --plot=attention.png
+    python sample.py out/addition/sparse.pt --compare=out/addition/dense.pt --prompt=57+68= --plot=a.png
     python sample.py out/shakespeare_char/sparse.pt --prompt=ROMEO: --max_new_tokens=300 --temperature=0.8
     python sample.py out/addition/sparse.pt --eval_only --dataset=addition
     python sample.py gpt2 --prompt="The Eiffel Tower is in" --max_new_tokens=20 --temperature=0

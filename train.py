@@ -55,7 +55,7 @@ class TrainConfig:
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_bias: float = option(5.0, "where gates' biases start; auto: so that edges are open", word="auto")
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
-    loss_allowance: float = option(0.05, "what the loss may have on top at first, nats; falls to 0", at_least=0)
+    loss_allowance: float = option(0.05, "of the loss on top at first, nats; falls to 0", at_least=0)
     multiplier_max: float = option(20.0, "where the multiplier starts, and its maximum", above=0.001)
     multiplier_rate: float = option(0.01, "how far log(multiplier) moves per step at most", above=0)
     multiplier_scale: float = option(0.01, "violation of the bound that moves it that far, nats", above=0)
@@ -164,9 +164,9 @@ class HeldOut:
     """The loss that the bound is on: with deterministic gates, on the end of the training text, which is not
     trained on; of a toy task, on all its examples.
 
-    Sequences differ in difficulty, so the mean of one batch is noisy; the difference to the dense model on the
-    same sequences is not. The estimate is the dense model's mean over all of them, measured once, plus that
-    difference on one batch."""
+    Sequences differ in difficulty, so the mean of one batch is noisy; the difference to the dense model on
+    the same sequences is not. The estimate is the dense model's mean over all of them, measured once, plus
+    that difference on one batch."""
 
     def __init__(self, run, dense):
         self.run, self.starts = run, run.data.starts("held_out")
@@ -300,12 +300,13 @@ def sparse_phase(run, dense):
         calibrate_gate_biases(model, x)
     print(f"gated attention: {choose_attention(model, config.attention)}")
     held_out = HeldOut(run, dense)
-    return fit(run, "sparse", model, config.sparsify_steps, bound=loss_bound(held_out, config), held_out=held_out)
+    bound = loss_bound(held_out, config)
+    return fit(run, "sparse", model, config.sparsify_steps, bound=bound, held_out=held_out)
 
 
 def loss_bound(held_out, config):
-    """The LossBound of the sparse phase. It aims at half of the tolerance: the other half is for chance, in the
-    last steps and between the held-out data and the validation split."""
+    """The LossBound of the sparse phase. It aims at half of the tolerance: the other half is for chance, in
+    the last steps and between the held-out data and the validation split."""
     aim = held_out.dense.mean().item() + config.loss_tolerance / 2
     print(f"held-out data: {len(held_out.dense):,} sequences; their loss is to stay under {aim:.4f}")
     return LossBound(aim, config.multiplier_scale, config.multiplier_rate, largest=config.multiplier_max)

@@ -242,8 +242,8 @@ def prepare_examples(pairs, folder, val_fraction):
 
 
 def recall_examples():
-    """(prompt, answer) of 40,000 different prompts: two to four pairs of a letter and a digit in random order,
-    then one of the letters, whose digit is the answer. Short prompts have dots in front: all are 9 long."""
+    """(prompt, answer) of 40,000 different prompts: two to four pairs of a letter and a digit, in random
+    order, then one of the letters, whose digit is the answer. Dots in front make them all 9 long."""
     rng, examples = np.random.default_rng(0), {}
     while len(examples) < 40_000:
         n = rng.integers(2, 5)
@@ -265,7 +265,8 @@ def read_examples(path):
     return pairs
 
 
-COMMANDS = {kind.__name__.lower(): kind for kind in (Addition, Recall, Shakespeare, Text, Examples, OpenWebText)}
+KINDS = (Addition, Recall, Shakespeare, Text, Examples, OpenWebText)
+COMMANDS = {kind.__name__.lower(): kind for kind in KINDS}
 
 
 def main(argv):

@@ -5,8 +5,8 @@ What a sceptic would try instead of gates that see the content, trained as long 
 
 Prints a table and draws a picture, loss against edges. What is trained already is read, not repeated.
 
-Where a pattern is fixed, the softmax runs over its edges only. `learned` finds the best pattern: a gate of its
-own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
+Where a pattern is fixed, the softmax runs over its edges only. `learned` finds the best pattern: a gate of
+its own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
 model's own bound, but blind to content. `fixed` keeps the best of these edges, as many as the sparse model
 has, and trains again without noise. `window`: one head in each of the first two layers reads the positions
 just before. `top`: in every batch, the largest attention weights of all layers and heads.
@@ -38,7 +38,7 @@ BASELINES = ("window", "top", "learned", "fixed")  # in this order: fixed takes 
 @dataclass
 class BaselineConfig:
     folders: tuple = arguments("one or more folders that train.py wrote", 1, 100)
-    edges: float = option(0.0, "fraction of the edges to keep; 0: as many as the sparse model", at_least=0, below=1)
+    edges: float = option(0.0, "fraction to keep; 0: as many as the sparse model", at_least=0, below=1)
     picture: str = option("out/baselines.png", "where to draw")
 
 
@@ -195,7 +195,7 @@ def main(argv):
     folders = [Path(folder) for folder in options.folders]
     for folder in folders:
         if not (folder / "summary.json").is_file():
-            raise UserError(f"{folder} holds no finished run: give a folder that train.py wrote, such as out/addition")
+            raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
     panels = {}
     for folder in folders:
         found, summary = train_baselines(folder, options), read(folder / "summary.json")

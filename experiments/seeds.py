@@ -5,8 +5,8 @@ A recipe over several seeds: every run in a table, then the median with the lowe
     python experiments/seeds.py addition --seeds=10 --threads=2
     python experiments/seeds.py recall --options="--multiplier_max=10"
 
-A run that is finished is read, not repeated: the same command prints its table again. Every run trains a dense
-model of its own.
+A run that is finished is read, not repeated: the same command prints its table again. Every run trains a
+dense model of its own.
 """
 
 import json
@@ -47,8 +47,8 @@ class SeedsConfig:
 def run(config, seed):
     """Train one seed, unless that is done. Returns its summary.json."""
     words = config.options.split()
-    threads = f"{config.threads or 'all'} threads"
-    folder = Path(config.out_dir) / " ".join([config.recipe[0], *words, threads, f"seed {seed}"]).replace("--", "")
+    name = [config.recipe[0], *words, f"{config.threads or 'all'} threads", f"seed {seed}"]
+    folder = Path(config.out_dir) / " ".join(name).replace("--", "")
     summary = folder / "summary.json"
     if not summary.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -252,8 +252,10 @@ def positions_figure(labels, circuits, n_layer):
 
 
 def baselines_figure(panels):
-    """Loss against edges, a panel per dataset. panels: {dataset: (summary.json, {model: what evaluate found})}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
+    """Loss against edges, a panel per dataset. panels: {dataset: (summary.json, {model: what evaluate
+    found})}."""
+    size = (5 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (dataset, (summary, models)) in zip(axes[0], panels.items()):
         for (name, result), shade, marker in zip(models.items(), HEADS, "*os^DvP"):
             point, size = (100 * result["edges_hard"], result["loss"]), 220 if name == "sparse" else 60

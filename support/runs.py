@@ -100,7 +100,8 @@ class Run:
             line = {"phase": self.phase, "step": step, "loss": sum(self.recent) / len(self.recent)}
             if self.bound is not None:
                 ranks.check_same("the multiplier", self.bound.multiplier)
-                line |= {"held_out_loss": self.bound.average, "bound": self.bound.bound + self.bound.allowance}
+                line["held_out_loss"] = self.bound.average
+                line["bound"] = self.bound.bound + self.bound.allowance
                 line["multiplier"] = self.bound.multiplier
                 line |= {key: getattr(stats, key).mean().item() for key in ("expected_edges", "hard_edges")}
             line |= {"learning_rate": learning_rate, "tokens_per_second": step * self.step_tokens / seconds}

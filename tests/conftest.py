@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton's kernels run in its interpreter, which must be known before triton is imported
+if not torch.cuda.is_available():  # then Triton interprets, which it must know before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from data.prepare import prepare_examples

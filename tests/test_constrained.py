@@ -68,7 +68,7 @@ def test_rises_under_violation_and_falls_under_slack():
     bound = LossBound(1.0, scale=0.1, rate=0.01, decay=0.0)
     start = bound.multiplier
     bound.update(0.0)
-    assert bound.multiplier == pytest.approx(start * math.exp(-0.01)), "a large slack must be clipped to `rate`"
+    assert bound.multiplier == pytest.approx(start * math.exp(-0.01)), "large slack is clipped"
     bound.update(0.95)
     assert bound.multiplier == pytest.approx(start * math.exp(-0.015))
     bound.update(1.05)
