@@ -2,7 +2,9 @@
 Train a small GPT, then make its attention sparse at its own loss.
 
     python train.py addition                    two-digit addition on a laptop, a few minutes
+    python train.py recall                      which digit followed this letter? A minute or two
     python train.py shakespeare_char            nanoGPT's CPU-sized character model
+    python train.py novels_char                 the same size on text that is too long to memorise
     python train.py shakespeare_char_gpu        nanoGPT's full-size character model, one GPU
     python train.py gpt2                        the weights of GPT-2 (124M), post-trained on OpenWebText
     torchrun --standalone --nproc_per_node=4 train.py gpt2
@@ -112,6 +114,9 @@ RECIPES = {
         pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
     "shakespeare_char": TrainConfig(loss_tolerance=0.005),
+    "novels_char": TrainConfig(
+        dataset="novels_char", loss_tolerance=0.005, pretrain_steps=10_000, sparsify_steps=8000,
+    ),  # fmt: skip
     "shakespeare_char_gpu": TrainConfig(
         n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
         pretrain_steps=5000, sparsify_steps=10_000, learning_rate=1e-3, gate_learning_rate=1e-2, min_lr=1e-4,
