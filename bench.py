@@ -139,7 +139,7 @@ def trainer(config, s, vocab_size, attend):
     optimizer, batches = make_optimizer(model, s, 0.0), [(tokens[:, :-1], tokens[:, 1:])]
     bound = None if attend == "dense" else LossBound(10.0)
     forward = torch.compile(model) if config.compile else model
-    return partial(training_step, forward, optimizer, batches, bound, s.grad_clip, autocast)
+    return partial(training_step, forward, optimizer, batches, bound, s.grad_clip, autocast=autocast)
 
 
 def circuits(config):

@@ -323,7 +323,7 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
     gate, candidates = GATES["hard_concrete"](), problem.candidates.to(device)
     log_alpha = torch.full(candidates.shape, 3.0, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([log_alpha], lr=learning_rate, betas=(0.9, 0.95))
-    constraint = LossBound(1.0, scale=1.0, rate=0.05, smallest=0.01, largest=10.0)  # on KL / bound
+    constraint = LossBound(1.0, 1.0, 0.05, decay=0.9, smallest=0.01, largest=10.0)  # on KL / bound
     everything = (problem.clean, problem.ablated, problem.positions, problem.full)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / steps))

@@ -25,12 +25,13 @@ class LossBound:
     """The multiplier of one bounded loss, moved by dual ascent.
 
         bound    the loss not to exceed, in nats (or any unit that the loss has)
-        allowance    what the loss may have on top for now: set it while training, and let it end at 0
         scale    a violation that counts as large, in the same unit; violations are clipped to it
         rate     how far log(multiplier) moves in one step under a violation of `scale`
         decay    of the running average of the loss: it forgets over about 1 / (1 - decay) steps
         smallest, largest    clamp on the multiplier; it starts at `largest`, where the loss counts most, and
                              comes down as soon as there is slack
+
+    The attribute `allowance` is what the loss may have on top for now: set it while training, end it at 0.
 
     How `update` follows: a price must be positive, so ascend on its logarithm, log m. A single batch is
     noisy, so use the running average of the loss. The step is rate * (average - bound - allowance) / scale,

@@ -134,15 +134,14 @@ RECIPES = {
 
 
 def training_step(
-    model, optimizer, batches, bound, grad_clip, held_out_loss=None, autocast=nullcontext, stop=()
+    model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext, stop=()
 ):
     """One step of post-training on all weights and gates; with bound=None, of plain training.
 
-    batches: this rank's micro-steps, (x, y) each; bound: LossBound on held_out_loss (HeldOut.loss), nats; if
-    that is None, on the training loss; stop: not empty if this rank wants to stop. Returns the mean loss
-    over micro-steps and ranks, the last micro-step's AttentionStats, and whether any rank wants to stop.
-    Raises UserError, on all ranks and before anything is changed, if the loss or the gradient is not
-    finite."""
+    batches: this rank's micro-steps, (x, y) each; bound: LossBound on held_out_loss, nats, of which this rank
+    gives its part (HeldOut.loss); stop: not empty if this rank wants to stop. Returns the mean loss over
+    micro-steps and ranks, the last micro-step's AttentionStats, and whether any rank wants to stop. Raises
+    UserError, on all ranks and before anything is changed, if a loss or the gradient is not finite."""
     total = 0.0
     for number, (x, y) in enumerate(batches, start=1):
         with ranks.last_only(model, number == len(batches)):
@@ -153,30 +152,30 @@ def training_step(
             (objective / len(batches)).backward()
         total = total + loss.detach() / len(batches)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    measured = total if held_out_loss is None else held_out_loss
-    total, measured, norm, stop = ranks.mean(total, measured, norm, len(stop))  # one reduction carries all
-    if not math.isfinite(total + norm):
-        wrong = f"the loss is {total}, the norm of the gradient {norm}"
+    total, held_out_loss, norm, stop = ranks.mean(total, held_out_loss, norm, len(stop))  # one reduction
+    if not math.isfinite(total + held_out_loss + norm):
+        wrong = f"the loss is {total}, held out {held_out_loss}, the norm of the gradient {norm}"
         raise UserError(f"{wrong}: start again with a smaller --learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
-        bound.update(measured)  # the multiplier rises under violation, falls under slack
+        bound.update(held_out_loss)  # the multiplier rises under violation, falls under slack
     return total, stats, stop > 0
 
 
 class HeldOut:
     """The loss that the bound is on: with deterministic gates, on the end of the training text, which is not
-    trained on; of a toy task, on all its examples.
+    trained on; of a toy task, on its training examples.
 
     Sequences differ in difficulty, so the mean of one batch is noisy; the difference to the dense model on
-    the same sequences is not. The estimate is the dense model's mean over all of them, measured once, plus
-    that difference on one batch."""
+    the same sequences is not. So the dense model is measured once on all of them, and the estimate is
+
+        mean over all of dense  +  mean over a batch of (model - dense)
+    """
 
     def __init__(self, run, dense):
         self.run, self.starts = run, run.data.starts("held_out")
         self.dense = self.losses(dense, self.starts)  # (N,)
-        self.batch_size = max(1, run.config.batch_size // 4)  # measured in every step: a few will do
 
     def losses(self, model, starts):
         """The model's loss on the sequences that start there, nats per predicted token: (N,), on the CPU."""
@@ -184,15 +183,17 @@ class HeldOut:
         with evaluating(model), self.run.autocast():
             for chunk in starts.split(self.run.config.batch_size):
                 x, y = self.run.data.cut("held_out", chunk)
-                logits, _ = model(x, y)
-                found.append(F.cross_entropy(logits.float().mT, y, ignore_index=-1, reduction="none"))
-        losses = torch.cat(found)
-        return losses.cpu().sum(dim=1) / (y[0] >= 0).sum().item()  # all predict equally many tokens
+                flat = model(x, y)[0].flatten(0, 1).float(), y.flatten()
+                losses = F.cross_entropy(*flat, ignore_index=-1, reduction="none").view(y.shape)  # (B, T)
+                found.append(losses.sum(dim=1) / (y >= 0).sum(dim=1))
+        return torch.cat(found).cpu()
 
     def loss(self, model, step):
-        """The held-out loss, estimated on this rank's batch of this step."""
-        generator = torch.Generator().manual_seed(step * ranks.world_size() + ranks.rank())
-        rows = torch.randint(len(self.starts), (self.batch_size,), generator=generator)
+        """This rank's estimate of the held-out loss: measured in every step, on a quarter of a batch."""
+        config = self.run.config
+        n = max(1, config.batch_size // 4) * config.gradient_accumulation_steps
+        generator = torch.Generator().manual_seed((config.seed + 2**20 * step) % 2**63)
+        rows = torch.randint(len(self.starts), (n,), generator=generator)[ranks.rank() :: ranks.world_size()]
         return self.dense.mean() + (self.losses(model, self.starts[rows]) - self.dense[rows]).mean()
 
 
@@ -245,7 +246,7 @@ def fit(run, phase, model, steps, weight_decay=0.0, bound=None, held_out=None):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         batches = run.batches(generator, config.gradient_accumulation_steps)
-        held_out_loss = None
+        held_out_loss = 0.0
         if bound is not None:
             bound.allowance = allowance_at(step, steps, config)
             held_out_loss = held_out.loss(model, step)
@@ -312,8 +313,8 @@ def sparse_phase(run, dense):
 def loss_bound(held_out, config):
     """The LossBound of the sparse phase. It aims at a quarter of the tolerance: the rest is for chance, in the
     last steps and between the held-out data and the validation split."""
-    aim = held_out.dense.mean().item() + config.loss_tolerance / 4
-    print(f"held-out data: {len(held_out.dense):,} sequences; their loss is to stay under {aim:.4f}")
+    aim = ranks.mean(held_out.dense.mean())[0] + config.loss_tolerance / 4
+    print(f"held-out data: {len(held_out.dense):,} sequences; their loss is to end under {aim:.4f}")
     return LossBound(aim, config.multiplier_scale, config.multiplier_rate, largest=config.multiplier_max)
 
 

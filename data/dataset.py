@@ -16,9 +16,13 @@ from support.command_line import UserError
 
 EVALUATED = 1 << 20  # tokens of a split that `sequential` takes at most, evenly spread
 
-MAKE_COMMANDS = {name: name for name in ("addition", "recall", "openwebtext")}
-MAKE_COMMANDS |= {"shakespeare_char": "shakespeare"}
-MAKE_COMMANDS |= {"novels_char": "text FOLDER_OF_NOVELS --name=novels_char --tokenizer=char"}
+MAKE_COMMANDS = {
+    "addition": "addition",
+    "recall": "recall",
+    "shakespeare_char": "shakespeare",
+    "novels_char": "text FOLDER_OF_NOVELS --name=novels_char --tokenizer=char",
+    "openwebtext": "openwebtext",
+}
 
 
 class Dataset:
@@ -41,8 +45,8 @@ class Dataset:
         self.hold_out()
 
     def hold_out(self):
-        """Split "held_out": the end of a training text, at most a twentieth, which "train" then lacks. A toy
-        task is trained on in full: there, held_out is all of it."""
+        """Split "held_out": the end of a training text, a twentieth or a sequence, which "train" then lacks. Of
+        a toy task, and of a text of a sequence or two, it is the training split itself."""
         train = self.tokens["train"]
         n = max(min(len(train) // 20, EVALUATED // 4), self.sequence_tokens + 1)
         can_split = not self.is_task and len(train) > n + self.sequence_tokens

@@ -41,24 +41,28 @@ BATCH = 500  # documents tokenised at once
 
 
 @dataclass
-class Addition:
+class Options:
     data_dir: str = option("data", "where the dataset's folder goes")
-    name = "addition"  # of that folder; no option, having no type
 
 
 @dataclass
-class Recall(Addition):
+class Addition(Options):
+    name = "addition"  # of the folder; without a type, so that it is no option
+
+
+@dataclass
+class Recall(Options):
     name = "recall"
 
 
 @dataclass
-class Shakespeare(Addition):
+class Shakespeare(Options):
     file: str = option("", "a local copy of the text; empty: download it")
     name = "shakespeare_char"
 
 
 @dataclass
-class OpenWebText(Addition):
+class OpenWebText(Options):
     subsets: int = option(21, "how many of the 21 archives, 430 million tokens each", at_least=1, below=22)
     folder: str = option("", "local copies of the archives; empty: download them")
     val_fraction: float = option(0.0005, "of the documents, held out for validation", above=0, below=1)
@@ -66,7 +70,7 @@ class OpenWebText(Addition):
 
 
 @dataclass
-class Examples(Addition):
+class Examples(Options):
     paths: tuple = arguments("one file of examples", 1, 1)
     name: str = option("", "of the dataset")
     val_fraction: float = option(0.1, "held out of the examples; 0: nothing", at_least=0, below=1)
@@ -243,7 +247,8 @@ def prepare_examples(pairs, folder, val_fraction):
 
 def recall_examples():
     """(prompt, answer) of 40,000 different prompts: two to four pairs of a letter and a digit, in random
-    order, then one of the letters, whose digit is the answer. Dots in front make them all 9 long."""
+    order, then one of the letters, whose digit is the answer. Dots in front make them all 9 long. (There are
+    but 2,400 of two pairs; the rest is three and four, in about equal parts.)"""
     rng, examples = np.random.default_rng(0), {}
     while len(examples) < 40_000:
         n = rng.integers(2, 5)

@@ -3,7 +3,8 @@ What a sceptic would try instead of gates that see the content, trained as long 
 
     python experiments/baselines.py out/addition out/recall     folders that train.py wrote
 
-Prints a table and draws a picture, loss against edges. What is trained already is read, not repeated.
+Prints a table and draws a picture, loss against edges. A baseline that is trained already is read, not
+repeated; one that is interrupted starts anew.
 
 Where a pattern is fixed, the softmax runs over its edges only. `learned` finds the best pattern: a gate of
 its own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
@@ -13,9 +14,11 @@ just before. `top`: in every batch, the largest attention weights of all layers 
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,7 +33,7 @@ from support import command_line, pictures, ranks
 from support.command_line import UserError, arguments, option
 from support.files import make_folder, write_json
 from support.report import evaluate, result_line
-from support.runs import Run, signals_noted
+from support.runs import Run
 
 BASELINES = ("window", "top", "learned", "fixed")  # in this order: fixed takes the edges of learned
 
@@ -65,11 +68,11 @@ def learned_attention(log_alpha, q, k, v, bias, gate, training):
     a, T = log_alpha(), q.size(2)
     z = gate.sample(a.expand(len(q), -1, -1, -1)) if training else gate.deterministic(a)
     z = z * causal_mask(T, T, q.device)
-    scores = causal_scores(q, k)
+    scores = causal_scores(q, k).masked_fill(z == 0, torch.finfo(torch.float32).min / 4)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp() * z
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)  # over the open edges only
     penalty = edge_penalty(gate, a).tril().sum(dim=(1, 2)) / (T * (T + 1) / 2)
-    return output(weights, v, (z > 0) if training else gate.deterministic(a).tril() > 0, penalty)
+    return output(weights, v, gate.deterministic(a).tril() > 0, penalty)
 
 
 class Top:
@@ -80,7 +83,7 @@ class Top:
 
     def __call__(self, q, k, v, bias, gate, training):
         pattern = causal_scores(q, k).softmax(dim=-1)
-        edges = pattern > torch.tensor(self.log_threshold).exp()
+        edges = pattern > math.exp(self.log_threshold)
         y, stats = output(pattern * edges, v, edges)
         if training:
             self.seen.append(stats.hard_edges.mean().item())
@@ -96,13 +99,14 @@ class Top:
 
 
 def window_edges(model, fraction, T):
-    """(L, H, T, T) bool: head 0 of layers 0 and 1 reads its own position and the ones before."""
-    c = model.config
+    """(L, H, T, T) bool: head 0 of layers 0 and 1 reads its own position and the ones before, in whole
+    offsets; where that is not enough, head 1, and so on."""
+    c, offset = model.config, torch.arange(T)[:, None] - torch.arange(T)
     edges = torch.zeros(c.n_layer, c.n_head, T, T, dtype=torch.bool)
-    n_edges, width = fraction * c.n_layer * c.n_head * T * (T + 1) / 2, 0
-    while edges.sum() < n_edges:
-        edges[min(width % 2, c.n_layer - 1), 0] |= torch.eye(T, dtype=torch.bool).roll(width // 2, 0).tril()
-        width += 1
+    n_edges = fraction * c.n_layer * c.n_head * T * (T + 1) / 2
+    for head, width, layer in product(range(c.n_head), range(T), range(min(2, c.n_layer))):
+        if edges.sum() < n_edges:
+            edges[layer, head] |= offset == width
     return edges
 
 
@@ -121,9 +125,9 @@ class Learned(torch.nn.Module):
 
 
 def best_edges(learned, n_layer, fraction, T):
-    """(L, H, T, T) bool: the largest log_alpha, until the fraction is reached."""
+    """(L, H, T, T) bool: the largest log_alpha, until the fraction is reached (offsets are taken whole)."""
     a = torch.stack([learned(layer).detach() for layer in range(n_layer)])
-    a = a.masked_fill(~causal_mask(T, T), float("-inf"))
+    a = a.masked_fill(~causal_mask(T, T, a.device), float("-inf"))
     n_edges = max(1, round(fraction * a.isfinite().sum().item()))
     return a >= a.flatten().topk(n_edges).values[-1]
 
@@ -147,7 +151,6 @@ def trained(run, name, model, dense, bounded=False):
     if bounded:
         held_out = train.HeldOut(run, dense)
         bound = train.loss_bound(held_out, config)
-    torch.manual_seed(config.seed)
     train.fit(run, name, model, config.sparsify_steps, bound=bound, held_out=held_out)
     return evaluate(model, run.data, config.batch_size)
 
@@ -161,29 +164,32 @@ def train_baselines(folder, options):
     fraction = options.edges or read(folder / "summary.json")["edges_hard"]
     T, n_layer = data.sequence_tokens, dense.config.n_layer
     learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
-    with signals_noted() as stop:
-        run = Run(replace(config, out_dir=str(out)), data, data.device, out, None, stop)
-        for name in BASELINES:
-            if (out / f"{name}.json").is_file():
-                continue
-            print(f"{folder}: {name}, {fraction:.2%} of the edges")
-            if name == "top":
-                attends = [Top(fraction, n_layer)] * n_layer
-            elif name == "learned":
-                attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
-            elif name == "window":
-                attends = [partial(masked_attention, e) for e in window_edges(dense, fraction, T)]
-            else:
-                learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
-                attends = [partial(masked_attention, e) for e in best_edges(learned, n_layer, fraction, T)]
-            model = gated_copy(dense, attends).to(data.device)
-            if name == "learned":
-                model.learned = learned  # its parameters train, too
-            result = trained(run, name, model, dense, bounded=name == "learned")
-            if name == "learned":
-                torch.save(learned.state_dict(), out / "learned_gates.pt")
-            write_json(result, out / f"{name}.json")
-    return {name: read(out / f"{name}.json") for name in BASELINES}
+    run = Run(replace(config, out_dir=str(out)), data, data.device, out, None, [])
+    of_what = {"edges": fraction, "dense_loss": read(folder / "summary.json")["dense_loss"]}
+    results = {}
+    for name in BASELINES:
+        path = out / f"{name}.json"
+        if path.is_file() and of_what.items() <= read(path).items():
+            results[name] = read(path)
+            continue
+        print(f"{folder}: {name}, {fraction:.2%} of the edges")
+        if name == "window":
+            attends = [partial(masked_attention, e.to(data.device)) for e in window_edges(dense, fraction, T)]
+        elif name == "top":
+            attends = [Top(fraction, n_layer)] * n_layer
+        elif name == "learned":
+            attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
+        else:
+            learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
+            attends = [partial(masked_attention, e) for e in best_edges(learned, n_layer, fraction, T)]
+        model = gated_copy(dense, attends).to(data.device)
+        if name == "learned":
+            model.learned = learned  # its parameters train, too
+        results[name] = {**of_what, **trained(run, name, model, dense, bounded=name == "learned")}
+        if name == "learned":
+            torch.save(learned.state_dict(), out / "learned_gates.pt")
+        write_json(results[name], path)
+    return results
 
 
 def read(path):
@@ -201,7 +207,7 @@ def main(argv):
         found, summary = train_baselines(folder, options), read(folder / "summary.json")
         sparse = {"loss": summary["sparse_loss"], **summary, "accuracy": summary.get("sparse_accuracy")}
         found = {"sparse": {key: value for key, value in sparse.items() if value is not None}, **found}
-        panels[summary["config"]["dataset"]] = summary, found
+        panels[folder.name] = summary, found
         print(f"\n{folder}: dense {summary['dense_loss']:.4f}, bound {summary['bound']:.4f}")
         print("\n".join(result_line(f"{name:8}", result) for name, result in found.items()))
     print(f"\nwrote {pictures.save(pictures.baselines_figure(panels), options.picture)}")

@@ -2,7 +2,6 @@
 A recipe over several seeds: every run in a table, then the median with the lowest and the highest.
 
     python experiments/seeds.py addition --seeds=10 --threads=1 --at_once=2
-    python experiments/seeds.py addition --seeds=10 --threads=2
     python experiments/seeds.py recall --options="--multiplier_max=10"
 
 A run that is finished is read, not repeated: the same command prints its table again. Every run trains a
@@ -18,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script that sees the project
 
 from support import command_line
 from support.command_line import UserError, arguments, option
@@ -37,7 +37,8 @@ COLUMNS = {  # of the table, from summary.json
 @dataclass
 class SeedsConfig:
     recipe: tuple = arguments("one recipe of train.py", 1, 1)
-    seeds: int = option(3, "how many: 0, 1, 2, ...", at_least=1)
+    seeds: int = option(3, "how many", at_least=1)
+    first: int = option(100, "the first of them", at_least=0)
     threads: int = option(0, "of a run; 0: as many as PyTorch takes", at_least=0)
     at_once: int = option(1, "runs at the same time", at_least=1)
     options: str = option("", 'further options of train.py, such as "--multiplier_max=10"')
@@ -53,12 +54,12 @@ def run(config, seed):
     if not summary.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (folder / "last.pt").is_file() else [f"--seed={seed}", *words]
-        command = [sys.executable, "train.py", config.recipe[0], f"--out_dir={folder}", *resume]
+        command = [sys.executable, ROOT / "train.py", config.recipe[0], f"--out_dir={folder}", *resume]
         environment = os.environ | ({"OMP_NUM_THREADS": str(config.threads)} if config.threads else {})
         with open(folder / "output.txt", "a") as output:
             done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         if done.returncode:
-            raise UserError(f"{' '.join(command)} failed: see {folder / 'output.txt'}")
+            raise UserError(f"seed {seed} failed: see {folder / 'output.txt'}")
         print(f"{folder} is done", flush=True)
     return json.loads(summary.read_text(encoding="utf-8"))
 
@@ -66,13 +67,11 @@ def run(config, seed):
 def table(summaries):
     """A row per run, then the median, the lowest and the highest of every column, and how many runs are
     within their bound."""
-    for summary in summaries:
-        summary["seconds"] = sum(summary["seconds"].values())
-    columns = {name: form for name, form in COLUMNS.items() if form[0] in summaries[0]}
-    values = {name: [summary[key] for summary in summaries] for name, (key, _) in columns.items()}
-    rows = {f"seed {s['config']['seed']}": [v[i] for v in values.values()] for i, s in enumerate(summaries)}
+    runs = [summary | {"seconds": sum(summary["seconds"].values())} for summary in summaries]
+    columns = {name: column for name, column in COLUMNS.items() if column[0] in runs[0]}
+    rows = {f"seed {run['config']['seed']}": [run[key] for key, _ in columns.values()] for run in runs}
     for name, pick in (("median", statistics.median), ("lowest", min), ("highest", max)):
-        rows[name] = [pick(v) for v in values.values()]
+        rows[name] = [pick(run[key] for run in runs) for key, _ in columns.values()]
     lines = [f"{'':10}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in rows.items():
         cells = [form.format(value) for (_, form), value in zip(columns.values(), row)]
@@ -84,7 +83,8 @@ def table(summaries):
 def main(argv):
     config = command_line.parse(SeedsConfig(), argv, __doc__)
     with ThreadPoolExecutor(config.at_once) as pool:
-        summaries = list(pool.map(lambda seed: run(config, seed), range(config.seeds)))
+        seeds = range(config.first, config.first + config.seeds)
+        summaries = list(pool.map(lambda seed: run(config, seed), seeds))
     print(f"{config.recipe[0]} {config.options}: {summaries[0]['device']}")
     print(table(summaries))
 

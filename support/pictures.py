@@ -142,7 +142,7 @@ def training_figure(lines):
 
     plot(top, "loss", LIGHT_BLUE, "training loss, sampled gates")
     plot(top, "held_out_loss", BLUE, "held-out loss, deterministic gates, running average")
-    plot(top, "bound", RED, "its bound: the dense model's held-out loss + tolerance + allowance", ls="--")
+    plot(top, "bound", RED, "its bound, with the allowance of the step", ls="--")
     plot(top, "val_loss", GREEN, "validation loss, deterministic gates", ls="", marker="o", ms=4)
     spread = top.dataLim.ymax > 10 * top.dataLim.ymin  # of addition: from 0.1 to 0.001
     top.set(ylabel="loss (nats)", yscale="log" if spread else "linear")

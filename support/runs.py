@@ -10,7 +10,7 @@ import hashlib
 import json
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -207,10 +207,12 @@ def signals_noted():
         signal.signal(number, old[number])
         print("\nstopping after this step; once more stops at once", flush=True)
 
-    for number in old:
-        signal.signal(number, note)
+    with suppress(ValueError):  # not in the main thread: signals go elsewhere
+        for number in old:
+            signal.signal(number, note)
     try:
         yield stop
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        with suppress(ValueError):
+            for number, handler in old.items():
+                signal.signal(number, handler)

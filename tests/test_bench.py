@@ -30,7 +30,9 @@ def test_steps_are_measured(program, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "RECIPES", {"addition": tiny, "shakespeare_char": tiny})
     out, tables = run(program, tmp_path, "step")
     assert out.count("training step") == len(tables) == 2  # each title once, though its rows come one by one
-    assert all(rows.keys() == {"dense", "gated, reference"} for rows in tables.values())
+    for rows in tables.values():
+        assert rows.keys() == {"dense", "gated, reference"}
+        assert all(row["median"] > 0 for row in rows.values()), rows
 
 
 def test_a_step_of_the_circuit_search_is_measured(program, tmp_path):

@@ -77,13 +77,17 @@ def test_accumulated_micro_steps_are_one_large_batch(data_dir):
     assert all(torch.allclose(states[0][1][name], p, atol=1e-6) for name, p in states[1][1].items())
 
 
-def test_the_multiplier_follows_the_mean_of_the_micro_steps(data_dir):
+def test_the_multiplier_follows_the_held_out_loss_and_the_step_reports_the_mean(data_dir):
     data, generator = Dataset("sums", 5, data_dir), torch.Generator().manual_seed(0)
     batches = [data.batch("train", 8, generator) for _ in range(3)]
     model, bound = tiny("bernoulli", gate_bias=50.0), LossBound(1.0)
     losses = [model(*batch)[1].item() for batch in batches]
-    loss, _, _ = training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), batches, bound, 1.0)
-    assert bound.average == pytest.approx(sum(losses) / 3) == pytest.approx(loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, _, _ = training_step(model, optimizer, batches, bound, 1.0, torch.tensor(0.7))
+    assert bound.average == pytest.approx(0.7) and loss == pytest.approx(sum(losses) / 3)
+    with pytest.raises(UserError, match="held out nan"):
+        training_step(model, optimizer, batches, bound, 1.0, torch.tensor(float("nan")))
+    assert bound.average == pytest.approx(0.7)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(data_dir):
