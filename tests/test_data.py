@@ -68,8 +68,12 @@ def test_the_end_of_a_text_is_held_out_of_training(tmp_path):
     whole, parts = np.fromfile(tmp_path / "text" / "train.bin", np.uint16), data.tokens
     assert len(parts["held_out"]) == len(whole) // 20
     assert np.array_equal(np.concatenate([parts["train"], parts["held_out"]]), whole)
-    x, _ = data.batch("train", 2000, torch.Generator().manual_seed(0))
-    assert x.shape == (2000, 16) and data.starts("held_out").max() < len(parts["held_out"]) - 16
+    starts = data.draw("train", 5000, torch.Generator().manual_seed(0))
+    assert 0.9 * len(parts["train"]) < starts.max() < len(parts["train"]) - 16
+    (tmp_path / "short.txt").write_text("ab" * 40)
+    prepare.prepare_text([tmp_path / "short.txt"], tmp_path / "short", "char", 0.5)
+    parts = Dataset("short", 30, tmp_path).tokens
+    assert np.array_equal(parts["train"], parts["held_out"]), "too short to hold anything out"
 
 
 def test_only_the_answer_is_to_be_predicted(data_dir):

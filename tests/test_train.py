@@ -207,6 +207,14 @@ def test_text_runs_too(tmp_path):
         sparsify_steps=5, eval_interval=100, block_size=16, batch_size=64, n_layer=2, n_embd=32, device="cpu",
     ))  # fmt: skip
     assert summary["dense_loss"] < 3.9 and "dense_accuracy" not in summary and summary["control_loss"] > 0
+    dense = GPT.from_pretrained(tmp_path / "run" / "dense.pt")
+    data = Dataset("text", 16, tmp_path / "data")
+    with torch.no_grad():
+        losses = [dense(x, y)[1].item() for x, y in data.sequential("held_out", 1)]
+    bound = sum(losses) / len(losses) + summary["config"]["loss_tolerance"]
+    assert summary["training_bound"] == pytest.approx(bound) != summary["bound"], "of text not trained on"
+    last = [line for line in log_of(tmp_path / "run") if "multiplier" in line][-1]
+    assert last["bound"] == pytest.approx(bound - 0.75 * summary["config"]["loss_tolerance"], abs=0.02)
 
 
 def test_evaluating_more_often_bfloat16_and_checkpointing(small, tmp_path):
