@@ -10,7 +10,9 @@ import torch
 import model
 from data.dataset import read_meta
 from experiments import baselines, circuit_curve, seeds
+from experiments.carry import carry_edge
 from gates import GATES
+from model import AttentionRecord
 from support.checkpoints import save_model
 from tests.conftest import ROOT
 from tests.test_model import tiny
@@ -109,3 +111,17 @@ def test_learned_edges_that_are_all_open_are_plain_attention():
     )
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(y, wanted, atol=1e-5)
+
+
+def test_the_edge_that_tells_the_carry_is_found(monkeypatch):
+    """Edges as if planted: layer 1 reads 4 from 6 where there is a carry, layer 2 at random."""
+    carry = torch.arange(40) % 3 == 0
+    edges = torch.zeros(3, 40, 2, 8, 8, dtype=torch.bool)
+    edges[1, carry, 1, 6, 4] = True
+    edges[2, :, 0, 7, 1] = torch.arange(40) % 2 == 0
+
+    class Planted:
+        def attention(self, idx):
+            return AttentionRecord(edges.float(), edges.float())
+
+    assert carry_edge(Planted(), torch.zeros(40, 8), carry) == (1, 6, 4, 1.0, 0.0)
