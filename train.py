@@ -23,17 +23,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from constrained import LossBound
 from data.dataset import Dataset
 from gates import GATES
-from model import GPT, GPTConfig, evaluating
+from model import GPT, GPTConfig
 from support import command_line, ranks
 from support.checkpoints import open_pretrained, save_model
 from support.command_line import UserError, option
 from support.files import make_folder, write_json
 from support.gated import ATTENTIONS, calibrate_gate_biases, choose_attention
+from support.held_out import HeldOut
 from support.report import evaluate, missed_bound, result_line, summarise, table
 from support.runs import Run, check_folder, code_of, resumed, signals_noted
 
@@ -163,44 +163,9 @@ def training_step(
     return total, stats, stop > 0
 
 
-class HeldOut:
-    """The loss that the bound is on: with deterministic gates, on the end of the training text, which is not
-    trained on; of a toy task, on its training examples.
-
-    Sequences differ in difficulty, so the mean of one batch is noisy; the difference to the dense model on
-    the same sequences is not. So the dense model is measured once on all of them, and the estimate is
-
-        mean over all of dense  +  mean over a batch of (model - dense)
-    """
-
-    def __init__(self, run, dense):
-        self.run, self.starts = run, run.data.starts("held_out")
-        self.dense = self.losses(dense, self.starts)  # (N,)
-
-    def losses(self, model, starts):
-        """The model's loss on the sequences that start there, nats per predicted token: (N,), on the CPU."""
-        found = []
-        with evaluating(model), self.run.autocast():
-            for chunk in starts.split(self.run.config.batch_size):
-                x, y = self.run.data.cut("held_out", chunk)
-                flat = model(x, y)[0].flatten(0, 1).float(), y.flatten()
-                losses = F.cross_entropy(*flat, ignore_index=-1, reduction="none").view(y.shape)  # (B, T)
-                found.append(losses.sum(dim=1) / (y >= 0).sum(dim=1))
-        return torch.cat(found).cpu()
-
-    def loss(self, model, step):
-        """This rank's estimate of the held-out loss: measured in every step, on a quarter of a batch."""
-        config = self.run.config
-        n = max(1, config.batch_size // 4) * config.gradient_accumulation_steps
-        generator = torch.Generator().manual_seed((config.seed + 2**20 * step) % 2**63)
-        rows = torch.randint(len(self.starts), (n,), generator=generator)[ranks.rank() :: ranks.world_size()]
-        return self.dense.mean() + (self.losses(model, self.starts[rows]) - self.dense[rows]).mean()
-
-
 def allowance_at(step, steps, config):
-    """What the loss may have on top of the bound. A high learning rate raises the loss for a while, and the
-    rise disappears as the rate falls. So this falls, too: from loss_allowance to 0, linearly, over the first
-    70 % of the steps."""
+    """What the loss may have on top of the bound, since a high learning rate raises it for a while: it falls
+    from loss_allowance to 0, linearly, over the first 70 % of the steps."""
     return config.loss_allowance * max(0.0, 1 - step / (0.7 * steps))
 
 

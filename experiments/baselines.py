@@ -32,6 +32,7 @@ from model import GPT, causal_mask
 from support import command_line, pictures, ranks
 from support.command_line import UserError, arguments, option
 from support.files import make_folder, write_json
+from support.held_out import HeldOut
 from support.report import evaluate, result_line
 from support.runs import Run
 
@@ -149,7 +150,7 @@ def trained(run, name, model, dense, bounded=False):
     """Train as the sparse phase does, under its bound or for the loss alone. Returns what evaluate finds."""
     config, bound, held_out = run.config, None, None
     if bounded:
-        held_out = train.HeldOut(run, dense)
+        held_out = HeldOut(run, dense)
         bound = train.loss_bound(held_out, config)
     train.fit(run, name, model, config.sparsify_steps, bound=bound, held_out=held_out)
     return evaluate(model, run.data, config.batch_size)

@@ -21,6 +21,7 @@ from support.checkpoints import RUN, load_checkpoint, save_checkpoint, save_mode
 from support.command_line import UserError
 from support.files import make_folder
 from support.gated import calibrate_gate_biases
+from support.held_out import HeldOut
 from support.report import evaluate
 from tests.conftest import ROOT
 from train import RECIPES, TrainConfig, learning_rate_at, make_optimizer, train, training_step
@@ -122,7 +123,7 @@ def test_the_held_out_loss_is_that_of_the_whole_split_but_for_the_noise_of_the_d
     data = Dataset("sums", 5, small.data_dir)
     run = runs.Run(small, data, "cpu", make_folder(tmp_path / "held"), None, [])
     dense = tiny()
-    held_out = train_module.HeldOut(run, dense)
+    held_out = HeldOut(run, dense)
     mean = evaluate(dense, data, 16)["loss"]
     assert held_out.dense.mean().item() == pytest.approx(mean, rel=1e-5)
     assert all(held_out.loss(dense, step).item() == pytest.approx(mean, rel=1e-5) for step in range(3))
