@@ -126,7 +126,7 @@ class Learned(torch.nn.Module):
     def __init__(self, config, T, by_offset):
         super().__init__()
         size = (T,) if by_offset else (T, T)
-        self.log_alpha = torch.nn.Parameter(torch.full((config.n_layer, config.n_head, *size), 5.0))
+        self.log_alpha = torch.nn.Parameter(torch.full((config.n_layer, config.n_head, *size), 2.0))
         self.offset = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0) if by_offset else None
 
     def forward(self, layer):
