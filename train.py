@@ -276,8 +276,8 @@ def sparse_phase(run, dense):
 
 
 def loss_bound(held_out, config):
-    """The LossBound of the sparse phase. It aims at a quarter of the tolerance: the rest is for chance, in the
-    last steps and between the held-out data and the validation split."""
+    """The LossBound of the sparse phase. It aims at a quarter of the tolerance: the rest is for chance, in
+    the last steps and between the held-out data and the validation split."""
     aim = ranks.mean(held_out.dense.mean())[0] + config.loss_tolerance / 4
     print(f"held-out data: {len(held_out.dense):,} sequences; their loss is to end under {aim:.4f}")
     return LossBound(aim, config.multiplier_scale, config.multiplier_rate, largest=config.multiplier_max)

@@ -45,8 +45,8 @@ class Dataset:
         self.hold_out()
 
     def hold_out(self):
-        """Split "held_out": the end of a training text, a twentieth or a sequence, which "train" then lacks. Of
-        a toy task, and of a text of a sequence or two, it is the training split itself."""
+        """Split "held_out": the end of a training text, a twentieth or a sequence, which "train" then lacks.
+        Of a toy task, and of a text of a sequence or two, it is the training split itself."""
         train = self.tokens["train"]
         n = max(min(len(train) // 20, EVALUATED // 4), self.sequence_tokens + 1)
         can_split = not self.is_task and len(train) > n + self.sequence_tokens

@@ -192,13 +192,15 @@ def train_baselines(folder, options):
             continue
         print(f"{folder}: {name}, {fraction:.2%} of the edges")
         if name == "window":
-            attends = [partial(masked_attention, e.to(data.device)) for e in window_edges(dense, fraction, T)]
+            edges = window_edges(dense, fraction, T).to(data.device)
+            attends = [partial(masked_attention, e) for e in edges]
         elif name == "top":
             attends = [Top(fraction, n_layer)] * n_layer
         elif name == "learned":
             attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
         elif name == "hand":
-            attends = [partial(masked_attention, e.to(data.device)) for e in hand_edges(dense, config.dataset, T)]
+            edges = hand_edges(dense, config.dataset, T).to(data.device)
+            attends = [partial(masked_attention, e) for e in edges]
         else:
             learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
             attends = [partial(masked_attention, e) for e in best_edges(learned, n_layer, fraction, T)]
