@@ -34,7 +34,7 @@ BAD = [
     (["--zzzz"], "what is --zzzz? See --help"),
     (["--steps=many"], "--steps: invalid whole number value: 'many'"),
     (["--rate=fast"], "--rate: invalid number value: 'fast'"),
-    (["--rate=nan"], "--rate is nan: give more than 0"),
+    (["--rate=nan"], "--rate: invalid number value: 'nan'"),
     (["--bias=automatic"], "--bias: invalid number value: 'automatic'"),
     (["--steps"], "--steps: expected one argument"),
     (["--steps=-3"], "--steps is -3: give at least 1"),
