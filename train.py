@@ -79,7 +79,7 @@ class TrainConfig:
     eval_interval: int = option(500, "steps between evaluations; the run is saved as often", at_least=1)
     eval_iters: int = option(20, "batches per evaluation while training", at_least=1)
     log_interval: int = option(50, "steps between two lines of the log", at_least=1)
-    plot_text: str = option("", "what attention.png shows; empty: the beginning of the validation split")
+    plot_text: str = option("", "what to draw: text, or examples; empty: from the validation split")
     # the machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     attention: str = option("auto", "fused is Triton, on CUDA; auto: if it works", choices=ATTENTIONS)
@@ -106,11 +106,11 @@ GPT2 = TrainConfig(
 LARGER = replace(GPT2, batch_size=4, gradient_accumulation_steps=48)
 RECIPES = {
     "addition": TrainConfig(
-        dataset="addition", plot_text="57+68=125", n_embd=64, block_size=8, batch_size=128,
+        dataset="addition", plot_text="53+21=07436+28=06443+59=102", n_embd=64, block_size=8, batch_size=128,
         pretrain_steps=1000, sparsify_steps=3500, control=False, loss_tolerance=0.002, multiplier_scale=0.002,
     ),  # fmt: skip
     "recall": TrainConfig(
-        dataset="recall", plot_text="c4a1d7b2a", n_embd=64, block_size=9, batch_size=128,
+        dataset="recall", plot_text="c4a1d7b2a1", n_embd=64, block_size=9, batch_size=128,
         pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
     "shakespeare_char": TrainConfig(loss_tolerance=0.005),
@@ -219,7 +219,7 @@ def fit(run, phase, model, steps, weight_decay=0.0, bound=None, held_out=None):
             forward, optimizer, batches, bound, config.grad_clip, held_out_loss, run.autocast, run.stop
         )
         run.after_step(step + 1, loss, stats, lr, stop)  # logs, evaluates, saves, and stops if that is wanted
-    trained = {**run.end(), "code": code_of("model.py")}
+    trained = {**run.end(), "dataset": run.data.name, "code": code_of("model.py")}
     if bound is not None:
         trained["training_bound"] = held_out.dense.mean().item() + config.loss_tolerance
         trained["training_loss"] = held_out.losses(model, held_out.starts).mean().item()

@@ -233,14 +233,16 @@ def prepare_openwebtext(subsets, source, folder, val_fraction):
 # Toy tasks
 
 
-def prepare_examples(pairs, folder, val_fraction):
+def prepare_examples(pairs, folder, val_fraction, roles=None):
     """Write a toy task. pairs: (prompt, answer) strings, every prompt of one length, every answer of one
-    length. Shuffled, then split; with val_fraction 0 both splits hold all examples."""
+    length. Shuffled, then split; with val_fraction 0 both splits hold all examples. roles: a name for every
+    character of an example."""
     tokenizer = CharTokenizer("".join(sorted(set("".join(prompt + answer for prompt, answer in pairs)))))
     examples = np.stack([tokenizer.encode(prompt + answer) for prompt, answer in pairs])  # (N, length)
     examples = np.random.default_rng(0).permutation(examples)
     n_val = round(len(examples) * val_fraction)
     task = {"example_length": examples.shape[1], "answer_start": len(pairs[0][0])}
+    task |= {"roles": roles} if roles else {}
     pieces = [("train", examples[n_val:]), ("val", examples[:n_val] if val_fraction else examples)]
     return write_dataset(folder, pieces, {**tokenizer.meta(), **task})
 
@@ -285,9 +287,11 @@ def main(argv):
     folder = Path(options.data_dir) / options.name
     if command == "addition":  # the task is finite: both splits hold all of it
         pairs = [(f"{a:02d}+{b:02d}=", f"{a + b:03d}") for a in range(100) for b in range(100)]
-        meta = prepare_examples(pairs, folder, val_fraction=0)
+        roles = "tens of a,ones of a,+,tens of b,ones of b,=,hundreds,tens,ones".split(",")
+        meta = prepare_examples(pairs, folder, 0, roles)
     elif command == "recall":
-        meta = prepare_examples(recall_examples(), folder, val_fraction=0.1)
+        roles = [f"{kind} {number}" for number in (1, 2, 3, 4) for kind in ("letter", "digit")]
+        meta = prepare_examples(recall_examples(), folder, 0.1, [*roles, "question", "answer"])
     elif command == "examples":
         meta = prepare_examples(read_examples(options.paths[0]), folder, options.val_fraction)
     elif command == "text":

@@ -5,21 +5,22 @@ Colours are from Okabe and Ito's palette and matplotlib's "Blues", which colour-
 """
 
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only: works without a screen
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
-from matplotlib.patches import Arc, FancyArrowPatch
+from matplotlib.patches import FancyArrowPatch
 
 from support.command_line import UserError
 
 BLUE, RED, GREEN, PINK, LIGHT_BLUE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"
 HEADS = [BLUE, RED, GREEN, PINK, "#E69F00", LIGHT_BLUE, BLACK, "#999933"]
-MOST_ARCS = 500  # of a layer
 CLOSED = LinearSegmentedColormap.from_list("closed", ["#f0f0f0"] * 2)  # a causal pair without an edge
 # from a visible blue up, so that an open edge of weight zero still differs from a closed one
 WEIGHT = LinearSegmentedColormap.from_list("weight", plt.get_cmap("Blues")(np.linspace(0.22, 1.0, 256)))
@@ -53,82 +54,124 @@ def legend(figure, colours, place, fontsize=8):
     figure.legend(lines, colours, loc=f"outside {place}", ncols=8, frameon=False, fontsize=fontsize)
 
 
-def attention_figure(labels, records):
-    """Attention of every head on one sequence, one block of panels per model, all on one colour scale.
+def records_of(models, tokenizer, idx):
+    """What attention_figure and edges_figure take: the texts of tokens idx (N, T), lists of T strings, and of
+    every model {name: [(weight, edges) of every text]}, arrays (L, H, T, T): the attention weight (pattern
+    times gate), and whether an edge is open."""
+    texts = [[tokenizer.decode([token]) for token in row] for row in idx.tolist()]
+    record = lambda model: [model.attention(row[None]).numpy() for row in idx]
+    return texts, {name: record(model) for name, model in models.items()}
 
-    labels: T strings; records: {model's name: (weight, edges)}, arrays (L, H, T, T): attention weights
-    (pattern times gate) and whether an edge is open. A cell is coloured where its edge is open, grey where it
-    is closed, white where the key is later. Tokens are not written where cells are smaller than a letter."""
-    labels = [visible(label) for label in labels]
-    n_layer, n_head, T, _ = next(iter(records.values()))[0].shape
-    layers_per_row = min(n_layer, max(1, (8 if T <= 12 else 4) // n_head))  # long sequences need large panels
-    n_rows, n_columns = -(-n_layer // layers_per_row), layers_per_row * n_head
+
+def attention_figure(texts, records):
+    """Attention of every head on one sequence, one block of panels per model, all on one colour scale; heads
+    that the last model has closed are left out. Both of records_of, of one text.
+
+    A cell is coloured where its edge is open, grey where it is closed, white where the key is later. Tokens
+    are not written where cells are smaller than a letter."""
+    labels = [visible(label) for label in texts[0]]
+    T = len(labels)
+    heads = np.argwhere(list(records.values())[-1][0][1].any(axis=(2, 3)))  # (panels, 2): layer, head
+    n_columns = min(max(1, len(heads)), 8 if T <= 12 else 4)  # long sequences need large panels
+    n_rows = -(-max(1, len(heads)) // n_columns)
     cell = 500 / n_columns / T  # points, a little less than that
     height = len(records) * (n_rows * 9.2 / n_columns + 0.55) + 0.5
     figure = plt.figure(figsize=(10, height), layout="constrained")
     blocks = figure.subfigures(len(records), 1, squeeze=False)[:, 0]
     causal = np.tril(np.ones((T, T), dtype=bool))
-    for block, (name, (weight, edges)) in zip(blocks, records.items()):
-        fraction = edges.sum() / (n_layer * n_head * causal.sum())
+    for block, (name, [(weight, edges)]) in zip(blocks, records.items()):
+        fraction = edges.sum() / (edges.shape[0] * edges.shape[1] * causal.sum())
         block.suptitle(f"{name}: {fraction:.1%} of the edges are open", fontsize=11, x=0.01, ha="left")
         axes = block.subplots(n_rows, n_columns, squeeze=False)
-        for panel, axis in enumerate(axes.flat):
+        for axis in axes.flat[len(heads) :]:
+            axis.axis("off")
+        for (layer, head), axis in zip(heads, axes.flat):
             axis.spines[:].set_visible(False)
-            layer, head = divmod(panel, n_head)
-            if layer >= n_layer:
-                axis.axis("off")
-                continue
             axis.imshow(np.where(causal, 1.0, np.nan), cmap=CLOSED)
             shown = np.where(edges[layer, head], weight[layer, head], np.nan)
             image = axis.imshow(shown, cmap=WEIGHT, vmin=0, vmax=1)
-            title = f"layer {layer} head {head}" if n_columns <= 8 else f"{layer}.{head}"
-            axis.set_title(title, fontsize=7, pad=2)
+            axis.set_title(f"layer {layer} head {head}", fontsize=7, pad=2)
             axis.set(xticks=[], yticks=[])
             if cell >= 2:
                 axis.tick_params(length=0)
-                style = dict(fontsize=float(np.clip(cell, 2.5, 7)), family="monospace")
+                style = dict(fontsize=float(np.clip(cell, 2.5, 9)), family="monospace")
                 axis.set_xticks(range(T), labels, **style)
                 axis.set_yticks(range(T), labels, **style)
         axes[0, 0].set_xlabel("key", fontsize=7, labelpad=1)
         axes[0, 0].set_ylabel("query", fontsize=7, labelpad=1)
-        bar = block.colorbar(image, ax=axes, shrink=0.6, pad=0.01, aspect=25)
-        bar.set_label("attention weight", fontsize=7)
-        bar.ax.tick_params(labelsize=7)
+        if len(heads):
+            bar = block.colorbar(image, ax=axes, shrink=0.6, pad=0.01, aspect=25)
+            bar.set_label("attention weight", fontsize=7)
+            bar.ax.tick_params(labelsize=7)
     return figure
 
 
-def arcs_figure(labels, weight, edges):
-    """The open edges of one sequence as arcs over its tokens, one strip per layer, the last layer on top.
+def edges_figure(texts, records):
+    """Open edges between layers, a column per text and a row per model: the paper's Figure 1.
 
-    labels: T strings; weight, edges: (L, H, T, T) as in attention_figure. An arc runs from a key to the
-    query that reads it, at its arrow head; a ring is a token that reads itself; the colour is the head, the
-    width the attention weight. Of each layer, the MOST_ARCS edges with the largest weights are drawn."""
-    n_layer, n_head, T, _ = weight.shape
-    tall = [1.5 if edges[layer].any() else 0.45 for layer in reversed(range(n_layer))]  # inches
-    size = dict(figsize=(10, sum(tall) + 0.3 * n_layer + 0.4), height_ratios=tall)
-    figure, axes = plt.subplots(n_layer, 1, **size, squeeze=False, layout="constrained")
-    for layer, axis in zip(reversed(range(n_layer)), axes[:, 0]):
-        found = np.argwhere(edges[layer])
-        heaviest = weight[layer][edges[layer]].argsort()[::-1][:MOST_ARCS]
-        for head, query, key in found[np.sort(heaviest)]:
-            style = dict(color=colour(head), lw=0.6 + 2.4 * weight[layer, head, query, key])
-            shift = (head - (n_head - 1) / 2) * 0.5 / n_head  # heads side by side, so that none hides another
-            if query == key:
-                axis.add_patch(Arc((query + shift, 0.16), 0.16, 0.2, **style))
-                continue
-            middle, width = (query + key) / 2 + shift, query - key
-            height = 2 * (0.25 + 0.72 * (width / max(T - 1, 1)) ** 0.7)  # longer ones rise higher
-            axis.add_patch(Arc((middle, 0), width, height, theta2=180, **style))
-            axis.plot(query + shift, 0.03, marker="v", color=style["color"], ms=5, clip_on=False)
-        words = f"layer {layer}\n{len(found)} edge{'s' * (len(found) != 1)}"
-        words += f"\n({MOST_ARCS} drawn)" * (len(found) > MOST_ARCS)
-        axis.set_ylabel(words, rotation=0, ha="right", va="center", fontsize=9)
-        axis.set(xlim=(-0.6, T - 0.4), ylim=(0, 1.05), yticks=[])
-        style = dict(family="monospace", fontsize=float(np.clip(300 / T, 4, 13)))
-        axis.set_xticks(range(T), [visible(label) for label in labels], **style)
-        axis.spines[["top", "left", "right"]].set_visible(False)
-        axis.tick_params(length=0)
-    legend(figure, {f"head {h}": colour(h) for h in range(n_head) if edges[:, h].any()}, "upper right")
+    Both of records_of. Layers go from bottom to top; a line runs from a key, below, to the query that reads
+    it, above; the colour is the head, the width the attention weight."""
+    first = next(iter(records.values()))
+    n_layer, n_head = first[0][0].shape[:2]
+    size = dict(figsize=(10, 0.5 + len(records) * (0.8 + 0.55 * n_layer)), squeeze=False)
+    figure, axes = plt.subplots(len(records), len(texts), sharey=True, layout="constrained", **size)
+    for (name, found), row in zip(records.items(), axes):
+        for (weight, edges), labels, axis in zip(found, texts, row):
+            T = len(labels)
+            axis.vlines(range(T), 0, n_layer, color="#e8e8e8", lw=1, zorder=0)
+            for head in range(n_head):
+                layer, query, key = edges[:, head].nonzero()
+                shift = (head - (n_head - 1) / 2) * 0.3 / n_head  # side by side, so that none hides another
+                ends = np.stack([key + shift, layer, query + shift, layer + 1], axis=1).reshape(-1, 2, 2)
+                widths = 0.1 + 2.4 * weight[layer, head, query, key]
+                axis.add_collection(LineCollection(ends, linewidths=widths, colors=colour(head), zorder=2))
+            dots = np.stack(np.meshgrid(range(T), range(n_layer + 1))).reshape(2, -1)
+            axis.scatter(*dots, s=max(1, 60 / T), color="#b0b0b0", zorder=1)
+            n = int(edges.sum())
+            title = f"{name}: {n} edge{'s' * (n != 1)}"
+            axis.set_title(title, fontsize=9, loc="left")
+            style = dict(family="monospace", fontsize=float(np.clip(300 / T / len(texts), 5, 13)))
+            axis.set_xticks(range(T), [visible(label) for label in labels], **style)
+            axis.set_yticks([layer + 0.5 for layer in range(n_layer)], [f"layer {n}" for n in range(n_layer)])
+            axis.tick_params(length=0, labelleft=axis is row[0])
+            axis.spines[:].set_visible(False)
+    last = list(records.values())[-1]
+    is_open = np.any([edges.any(axis=(0, 2, 3)) for _, edges in last], axis=0)
+    legend(figure, {f"head {h}": colour(h) for h in range(n_head) if is_open[h]}, "lower center")
+    return figure
+
+
+def heads_figure(cards, labels):
+    """How often each edge of a head is open, a panel per card of readings.read_heads. labels: names of a toy
+    task's positions; without them, of running text, a panel shows the edges' distances."""
+    n_columns = 4
+    n_rows = -(-max(1, len(cards)) // n_columns)
+    size = dict(figsize=(10, n_rows * (2.9 if labels else 1.9)), squeeze=False)
+    figure, axes = plt.subplots(n_rows, n_columns, layout="constrained", **size)
+    for axis in axes.flat[len(cards) :]:
+        axis.axis("off")
+    for card, axis in zip(cards, axes.flat):
+        T = len(card.frequency)
+        title = [f"layer {card.layer} head {card.head}", *wrap(card.name, 30)]
+        axis.set_title("\n".join(title), fontsize=8)
+        axis.tick_params(length=0, labelsize=7)
+        if labels:
+            causal = np.tril(np.ones((T, T), dtype=bool))
+            axis.imshow(np.where(causal, 1.0, np.nan), cmap=CLOSED)
+            shown = np.where(card.frequency > 0, card.frequency, np.nan)
+            image = axis.imshow(shown, cmap=WEIGHT, vmin=0, vmax=1)
+            axis.set_xticks(range(T), labels[:T], rotation=90)
+            axis.set_yticks(range(T), labels[:T])
+            axis.spines[:].set_visible(False)
+        else:
+            sums = np.array([np.trace(card.frequency, -distance) for distance in range(min(T, 16))])
+            axis.bar(range(len(sums)), sums / card.per_sequence, color=BLUE)
+            axis.set(ylim=(0, 1))
+    axes[0, 0].set_xlabel("key" if labels else "positions back", fontsize=8)
+    axes[0, 0].set_ylabel("query" if labels else "fraction of its edges", fontsize=8)
+    if labels and cards:
+        bar = figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01)
+        bar.set_label("fraction of the examples in which the edge is open", fontsize=8)
     return figure
 
 

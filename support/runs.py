@@ -170,19 +170,23 @@ class Run:
             torch.cuda.set_rng_state(saved["noise_cuda"][ranks.rank()])
 
     def draw(self, dense, sparse):
-        """Write attention.png and arcs.png, of plot_text or the validation split, and training.png: paths."""
-        tokenizer, config = tokenizer_of(self.data.meta), self.config
+        """Write edges.png, attention.png and training.png, and return their paths. They show plot_text, or
+        the first example of the validation split; of running text, edges.png has the sparse model alone."""
+        tokenizer, text = tokenizer_of(self.data.meta), self.config.plot_text
         idx = next(self.data.sequential("val", 1))[0][:, :24]
-        if config.plot_text:
+        if text:
             try:
-                tokens = tokenizer.encode(config.plot_text)[: config.block_size]
-                idx = torch.from_numpy(tokens.astype("int64"))[None].to(self.device)
-            except UserError as error:
-                print(f"note: --plot_text {config.plot_text!r} is not drawn: {error}")
-        labels = [tokenizer.decode([token]) for token in idx[0].tolist()]
-        records = {"dense": dense.attention(idx).numpy(), "sparse": sparse.attention(idx).numpy()}
-        figures = {"attention.png": pictures.attention_figure(labels, records)}
-        figures["arcs.png"] = pictures.arcs_figure(labels, *records["sparse"])
+                tokens = torch.from_numpy(tokenizer.encode(text).astype("int64"))
+                length = self.data.example_length or len(tokens)
+                idx = tokens.view(-1, length)[:, : self.data.sequence_tokens].to(self.device)
+            except (UserError, RuntimeError) as error:  # unknown characters; no whole examples
+                print(f"note: --plot_text {text!r} is not drawn: {error}")
+        models = {"dense": dense, "sparse": sparse}
+        shown = models if self.data.is_task else {"sparse": sparse}
+        figures = {
+            "edges.png": pictures.edges_figure(*pictures.records_of(shown, tokenizer, idx)),
+            "attention.png": pictures.attention_figure(*pictures.records_of(models, tokenizer, idx[-1:])),
+        }
         figures["training.png"] = pictures.training_figure(read_log(self.log_path))
         return [pictures.save(figure, self.folder / name) for name, figure in figures.items()]
 

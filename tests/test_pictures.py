@@ -2,12 +2,20 @@
 
 import numpy as np
 import pytest
-from matplotlib.patches import Arc, FancyArrowPatch
+from matplotlib import pyplot as plt
+from matplotlib.collections import LineCollection
+from matplotlib.patches import FancyArrowPatch
 
 from support import pictures
 from support.report import table
 
 LABELS = list("ab c")
+
+
+@pytest.fixture(autouse=True)
+def closed_afterwards():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
@@ -21,11 +29,13 @@ def record():
 
 def test_attention_colours_open_edges_only(record):
     dense = np.tril(np.full((2, 2, 4, 4), 0.25)), np.tril(np.ones((2, 2, 4, 4), dtype=bool))
-    figure = pictures.attention_figure(LABELS, {"dense": dense, "sparse": record})
+    figure = pictures.attention_figure([LABELS], {"dense": [dense], "sparse": [record]})
     above, below = figure.subfigs
     assert above.get_suptitle() == "dense: 100.0% of the edges are open"
     assert below.get_suptitle() == "sparse: 5.0% of the edges are open"
-    panel = {axis.get_title(): axis for axis in below.axes}["layer 0 head 1"]
+    panels = {axis.get_title(): axis for axis in below.axes if axis.get_title()}
+    assert list(panels) == ["layer 0 head 1"], "heads without an open edge are left out"
+    panel = panels["layer 0 head 1"]
     grey, colour = (image.get_array() for image in panel.images)
     assert np.argwhere(np.ma.filled(colour, np.nan) >= 0).tolist() == [[2, 0], [3, 3]]
     assert colour[2, 0] == 0.7 and panel.images[1].get_clim() == (0, 1)
@@ -33,13 +43,16 @@ def test_attention_colours_open_edges_only(record):
     assert [label.get_text() for label in panel.get_yticklabels()] == ["a", "b", "␣", "c"]
 
 
-def test_arcs_are_the_open_edges(record):
-    figure = pictures.arcs_figure(LABELS, *record)
-    layer_1, layer_0 = figure.axes  # the last layer is on top
-    arcs = [patch for patch in layer_0.patches if isinstance(patch, Arc)]
-    assert len(arcs) == 2 and not layer_1.patches
-    assert sorted(arc.width for arc in arcs) == [0.16, 2.0], "a ring for (3, 3), two tokens wide for (2, 0)"
-    assert layer_0.get_ylabel() == "layer 0\n2 edges"
+def test_lines_are_the_open_edges_from_key_to_query(record):
+    dense = np.tril(np.full((2, 2, 4, 4), 0.25)), np.tril(np.ones((2, 2, 4, 4), dtype=bool))
+    figure = pictures.edges_figure([LABELS, LABELS], {"dense": [dense, dense], "sparse": [record, record]})
+    dense, _, sparse, other = figure.axes
+    assert dense.get_title("left") == "dense: 40 edges" and sparse.get_title("left") == "sparse: 2 edges"
+    lines = [c for c in sparse.collections if isinstance(c, LineCollection) and len(c.get_segments()) == 2]
+    ends = np.round(lines[0].get_segments()).astype(int).tolist()  # heads are shifted by less than a half
+    assert ends == [[[0, 0], [2, 1]], [[3, 0], [3, 1]]], "(key, layer) to (query, layer + 1)"
+    assert lines[0].get_linewidths()[0] > lines[0].get_linewidths()[1], "the width is the weight"
+    assert [label.get_text() for label in other.get_xticklabels()] == ["a", "b", "␣", "c"]
 
 
 def test_training_curves_are_the_logs():

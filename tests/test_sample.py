@@ -45,7 +45,7 @@ def test_text_is_reproducible_from_its_seed(program, models):
 def test_pictures(program, models, ending):
     code, out, _ = program(
         sample.main, models / "sparse.pt", f"--compare={models / 'dense.pt'}", "--prompt=4+5=",
-        f"--plot={models / 'a'}.{ending}", f"--arcs={models / 'b'}.{ending}",
+        f"--plot={models / 'a'}.{ending}", f"--edges={models / 'b'}.{ending}",
     )  # fmt: skip
     assert code == 0 and out.count("wrote") == 2
     assert all((models / f"{name}.{ending}").stat().st_size > 5000 for name in "ab")
@@ -60,13 +60,15 @@ def test_eval_only_prints_the_figures(program, models, data_dir):
 BAD = [
     (["{}/sparse.pt", "--prompt=4+x="], "the model does not know 'x': use only the characters '+01"),
     (["{}/sparse.pt", "--prompt=4+5=0"], "--prompt '4+5=0' has 5 characters, this task's prompts have 4"),
-    (["{}/sparse.pt"], "--prompt '' has 0 characters, this task's prompts have 4: give a whole prompt"),
+    (["{}/sparse.pt"], "--prompt '' has 0 characters, this task's prompts have 4: give one or more whole prompts"),
     (["{}/text.pt", "--prompt=abcabcabc"], "--prompt has 9 tokens, the model sees 8 at once: shorten it"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "in an existing folder"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a"], "that ends in .png, .svg or .pdf"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a.doc"], "that ends in .png, .svg or .pdf"),
     (["{}/missing.pt"], "there is no checkpoint"),
-    (["{}/sparse.pt", "--eval_only"], "--eval_only needs to know on what: add --dataset=NAME"),
+    (["{}/sparse.pt", "--eval_only"], "does not say what it was trained on: add --dataset=NAME"),
+    (["{}/sparse.pt", "--heads", "--edges=a.png"], "draw a --prompt: leave --eval_only and --heads out"),
+    (["{}/dense.pt", "--heads", "--dataset=sums"], "run `python data/prepare.py"),
     (["{}/sparse.pt", "--eval_only", "--dataset=none"], "run `python data/prepare.py text PATH --name=none`"),
     (["{}/sparse.pt", "--temperature=-1"], "--temperature is -1.0: give at least 0"),
     (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/text.pt"], "know different tokens: compare"),

@@ -142,7 +142,7 @@ def test_the_held_out_loss_is_that_of_the_whole_split_but_for_the_noise_of_the_d
 def test_a_run_writes_what_it_promises(small, tmp_path, capsys):
     summary, folder = train(replace(small, control=True)), tmp_path / "run"
     files = {"dense.pt", "sparse.pt", "control.pt", "last.pt", "log.jsonl", "summary.json"}
-    assert {p.name for p in folder.iterdir()} == files | {"training.png", "attention.png", "arcs.png"}
+    assert {p.name for p in folder.iterdir()} == files | {"training.png", "attention.png", "edges.png"}
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert summary["bound"] == pytest.approx(summary["dense_loss"] + 0.01)
     assert summary["within_bound"] == (summary["sparse_loss"] <= summary["bound"])
