@@ -123,7 +123,7 @@ class EdgeCard:
 
     edge: Edge
     frequency: float  # of the examples in which it is open
-    rule: str = ""  # what opens it, where that is neither always nor never
+    rule: str = ""  # what opens it, where that is neither always nor never, and simple enough
     agreement: float = 1.0  # of the rule, on examples that it was not chosen on
     closed: Effect | None = None
     opened: Effect | None = None
@@ -210,7 +210,9 @@ def read_task_head(card, model, data, idx, targets, is_open, found):
         now = is_open[:, query, key]
         edge = EdgeCard(Edge(card.layer, card.head, int(query), int(key)), float(now.mean()))
         if 0 < edge.frequency < 1:
-            edge.rule, edge.agreement = simplest_rule(symbols, roles, query, now)
+            rule, agreement = simplest_rule(symbols, roles, query, now)
+            if 1 - agreement < min(edge.frequency, 1 - edge.frequency) / 2:  # it errs half as often as no rule
+                edge.rule, edge.agreement = rule, agreement
         effect = lambda state, rows: force(model, data, idx[rows], targets[rows], {edge.edge: state})
         edge.closed = effect(False, rows[now[rows]]) if now[rows].any() else None
         edge.opened = effect(True, rows[~now[rows]]) if not now[rows].all() else None
@@ -406,6 +408,8 @@ def words_of(cards, data):
             lines.append(f"    {where}: open in {e.frequency:.1%}")
             if e.rule:
                 lines[-1] += f", where {e.rule} ({e.agreement:.1%} agree)"
+            elif e.frequency < 1:
+                lines[-1] += ", by no simple rule"
             for state, effect in (("closed", e.closed), ("forced open", e.opened)):
                 if effect:
                     figures = f"accuracy {effect.accuracy:.1%}, loss {effect.loss:.4f}"

@@ -67,9 +67,10 @@ class TrainConfig:
     control: bool = option(True, "also train the dense model for sparsify_steps more, to compare with")
     batch_size: int = option(24, "sequences per micro-step", at_least=1)
     gradient_accumulation_steps: int = option(1, "micro-steps per step, of all ranks together", at_least=1)
-    learning_rate: float = option(3e-3, "of the weights", above=0)
+    learning_rate: float = option(3e-3, "of the weights in the dense phase", above=0)
+    sparsify_learning_rate: float = option(3e-3, "the same in the sparse phase and the control", above=0)
     gate_learning_rate: float = option(3e-2, "of the gates' biases", above=0)
-    min_lr: float = option(1.5e-4, "where the cosine decay of learning_rate ends", at_least=0)
+    min_lr: float = option(1.5e-4, "where the cosine decay of both ends", at_least=0)
     warmup_iters: int = option(100, "steps of linear warm-up", at_least=0)
     weight_decay: float = option(0.1, "on matrices, in the dense phase only", at_least=0)
     beta1: float = option(0.9, "AdamW", at_least=0, below=1)
@@ -90,8 +91,9 @@ class TrainConfig:
 
     def check(self):
         GPTConfig(n_head=self.n_head, n_embd=self.n_embd)
-        if self.min_lr > self.learning_rate:
-            raise UserError(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}: lower it")
+        for name in ("learning_rate", "sparsify_learning_rate"):
+            if self.min_lr > getattr(self, name):
+                raise UserError(f"--min_lr {self.min_lr} is above --{name} {getattr(self, name)}: lower it")
         n, size = self.gradient_accumulation_steps, ranks.world_size()
         if n % size:
             shared = f"--gradient_accumulation_steps {n} cannot be shared out over {size} processes"
@@ -100,7 +102,7 @@ class TrainConfig:
 
 GPT2 = TrainConfig(
     dataset="openwebtext", init_from="gpt2", block_size=1024, batch_size=8, gradient_accumulation_steps=24,
-    sparsify_steps=10_000, gate_bias="auto", learning_rate=1e-4, gate_learning_rate=1e-2, min_lr=1e-5,
+    sparsify_steps=10_000, gate_bias="auto", sparsify_learning_rate=1e-4, gate_learning_rate=1e-2, min_lr=1e-5,
     beta2=0.95, dtype="bfloat16", compile=True,
 )  # fmt: skip
 LARGER = replace(GPT2, batch_size=4, gradient_accumulation_steps=48)
@@ -113,14 +115,18 @@ RECIPES = {
         dataset="recall", plot_text="c4a1d7b2a1", n_embd=64, block_size=9, batch_size=128,
         pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
-    "shakespeare_char": TrainConfig(loss_tolerance=0.005),
+    "shakespeare_char": TrainConfig(
+        loss_tolerance=0.005, loss_allowance=0.15, pretrain_steps=3000, sparsify_steps=4000,
+        sparsify_learning_rate=1e-3, control=False,
+    ),  # fmt: skip
     "novels_char": TrainConfig(
-        dataset="novels_char", loss_tolerance=0.005, pretrain_steps=10_000, sparsify_steps=8000,
+        dataset="novels_char", loss_tolerance=0.005, loss_allowance=0.15, pretrain_steps=12_000,
+        sparsify_learning_rate=1e-3,
     ),  # fmt: skip
     "shakespeare_char_gpu": TrainConfig(
         n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
-        pretrain_steps=5000, sparsify_steps=10_000, learning_rate=1e-3, gate_learning_rate=1e-2, min_lr=1e-4,
-        dtype="bfloat16", compile=True,
+        pretrain_steps=5000, sparsify_steps=10_000, learning_rate=1e-3, sparsify_learning_rate=1e-3,
+        gate_learning_rate=1e-2, min_lr=1e-4, dtype="bfloat16", compile=True,
     ),  # fmt: skip
     "gpt2": GPT2,
     "gpt2-medium": replace(LARGER, init_from="gpt2-medium"),
@@ -199,6 +205,8 @@ def fit(run, phase, model, steps, weight_decay=0.0, bound=None, held_out=None):
     In the sparse phase, bound is a LossBound on the loss of held_out, a HeldOut. Returns the model, in eval
     mode, and how it was trained."""
     config = run.config
+    if phase != "dense":
+        config = replace(config, learning_rate=config.sparsify_learning_rate)
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
     torch.manual_seed(config.seed + 2 + ranks.rank())  # of the gates' noise and dropout

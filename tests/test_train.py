@@ -204,7 +204,7 @@ def test_text_runs_too(tmp_path):
     prepare_text([ROOT / "LICENSE", ROOT / "README.md"], tmp_path / "data" / "text", "char", 0.1)
     summary = train(replace(
         RECIPES["shakespeare_char"], dataset="text", data_dir=str(tmp_path / "data"),
-        out_dir=str(tmp_path / "run"), learning_rate=1e-2, warmup_iters=10, pretrain_steps=100,
+        out_dir=str(tmp_path / "run"), learning_rate=1e-2, warmup_iters=10, pretrain_steps=100, control=True,
         sparsify_steps=5, eval_interval=100, block_size=16, batch_size=64, n_layer=2, n_embd=32, device="cpu",
     ))  # fmt: skip
     assert summary["dense_loss"] < 3.9 and "dense_accuracy" not in summary and summary["control_loss"] > 0
