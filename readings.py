@@ -114,7 +114,10 @@ class Effect:
 
     loss: float  # nats per predicted token
     accuracy: float
-    change: str  # of the answers, in words
+    change: str  # the commonest one of the answers, in words
+
+    def __str__(self):
+        return self.change + (f" (accuracy {self.accuracy:.1%}, loss {self.loss:.2f})" if self.accuracy < 1 else "")
 
 
 @dataclass
@@ -211,7 +214,7 @@ def read_task_head(card, model, data, idx, targets, is_open, found):
         edge = EdgeCard(Edge(card.layer, card.head, int(query), int(key)), float(now.mean()))
         if 0 < edge.frequency < 1:
             rule, agreement = simplest_rule(symbols, roles, query, now)
-            if 1 - agreement < min(edge.frequency, 1 - edge.frequency) / 2:  # it errs half as often as no rule
+            if 1 - agreement < min(edge.frequency, 1 - edge.frequency) * 2 / 3:  # else it says little
                 edge.rule, edge.agreement = rule, agreement
         effect = lambda state, rows: force(model, data, idx[rows], targets[rows], {edge.edge: state})
         edge.closed = effect(False, rows[now[rows]]) if now[rows].any() else None
@@ -282,15 +285,14 @@ def force(model, data, idx, targets, forces):
         answers = model.generate(idx[:, :start], n_new, temperature=0)[:, start:].cpu()
     right = targets[:, start - 1 :].cpu()
     accuracy = (answers == right).all(dim=1).float().mean().item()
-    wrong = 1 - accuracy
     decode = tokenizer_of(data.meta).decode
     pairs = [(decode(a), decode(b)) for a, b in zip(answers.tolist(), right.tolist())]
     if n_new > 1 and all(a.isdigit() and b.isdigit() for a, b in pairs):
         differences = Counter(int(a) - int(b) for a, b in pairs if a != b).most_common(1)
         for difference, n in differences:
             size = f"{abs(difference)} too {'large' if difference > 0 else 'small'}"
-            return Effect(loss, accuracy, f"{n / len(pairs):.0%} come out {size}")
-    return Effect(loss, accuracy, f"{wrong:.0%} come out wrong" if wrong else "no answer changes")
+            return Effect(loss, accuracy, f"{n / len(pairs):.1%} come out {size}")
+    return Effect(loss, accuracy, f"{1 - accuracy:.1%} come out wrong" if accuracy < 1 else "all are right")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -410,8 +412,6 @@ def words_of(cards, data):
                 lines[-1] += f", where {e.rule} ({e.agreement:.1%} agree)"
             elif e.frequency < 1:
                 lines[-1] += ", by no simple rule"
-            for state, effect in (("closed", e.closed), ("forced open", e.opened)):
-                if effect:
-                    figures = f"accuracy {effect.accuracy:.1%}, loss {effect.loss:.4f}"
-                    lines.append(f"        {state}: {effect.change}; {figures}")
+            effects = (("closed", e.closed), ("forced open", e.opened))
+            lines.append("        " + "; ".join(f"{state}: {effect}" for state, effect in effects if effect))
     return lines
