@@ -121,7 +121,7 @@ def edges_figure(texts, records):
             axis.vlines(range(T), 0, n_layer, color="#e8e8e8", lw=1, zorder=0)
             for head in range(n_head):
                 layer, query, key = edges[:, head].nonzero()
-                shift = (head - (n_head - 1) / 2) * 0.3 / n_head  # side by side, so that none hides another
+                shift = (head - (n_head - 1) / 2) * 0.01 / n_head * T * len(texts)  # side by side
                 ends = np.stack([key + shift, layer, query + shift, layer + 1], axis=1).reshape(-1, 2, 2)
                 widths = 0.1 + 2.4 * weight[layer, head, query, key]
                 axis.add_collection(LineCollection(ends, linewidths=widths, colors=colour(head), zorder=2))
