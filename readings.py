@@ -165,7 +165,7 @@ def read_heads(model, data):
         if data.is_task:
             read_task_head(card, model, data, idx, targets, edges[layer, head].numpy(), found)
         else:
-            read_text_head(card, data, idx.numpy(), found)
+            read_text_head(card, data, idx.cpu().numpy(), found)
         cards.append(card)
     if not data.is_task:
         add_losses(cards, model, idx, targets)
@@ -207,7 +207,7 @@ def read_task_head(card, model, data, idx, targets, is_open, found):
     """Fill in a card. is_open: (N, T, T) bool; found: (3, n) sequence, query, key of every open edge."""
     roles = roles_of(data)
     symbols = symbols_of(data, idx)
-    card.name = head_name(idx.numpy(), found, roles)
+    card.name = head_name(idx.cpu().numpy(), found, roles)
     rows = np.arange(len(idx))[:: -(-len(idx) // 2000)]  # forcing takes some 2,000 examples
     for query, key in np.argwhere(card.frequency > 0):
         now = is_open[:, query, key]
