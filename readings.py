@@ -340,7 +340,8 @@ def read_text_head(card, data, idx, found):
     card.name = head_name(idx, found)
     distances = np.bincount(query - key) / len(n)
     common = [d for d in distances.argsort()[::-1][:5] if distances[d] >= 0.02]
-    card.lines.append("distances: " + ", ".join(f"{distance_words(d)} {distances[d]:.0%}" for d in common))
+    words = [f"{distance_words(d)} {distances[d]:.0%}" for d in common]
+    card.lines += [f"distances: {', '.join(words)}"] if words else []
     for side, verb, position in (("keys", "reads", key), ("queries", "read by", query)):
         over = overrepresented(data, idx, idx[n, position])
         words = [f"{group} {share:.0%} ({usual:.1%} of the text)" for group, share, usual in over]
