@@ -22,27 +22,40 @@ SHORT = {  # what is appended to a part's words
 }
 
 
+@pytest.fixture
+def report(program, tmp_path, monkeypatch):
+    """Run all parts with tiny models, as if there were GPUs -> (exit code, gpu.json, lines of gpu.md)."""
+
+    def run(n_gpus, **changed):
+        changed |= {"FOLDER": tmp_path / "gpu", "TOKENS": 2**12}
+        changed["GPTConfig"] = partial(GPTConfig, block_size=16, n_layer=2, n_head=2, n_embd=8)
+        for name, value in changed.items():
+            monkeypatch.setattr(gpu, name, value)
+        cuda = {"is_available": True, "device_count": n_gpus, "get_device_name": "a card"}
+        for name, value in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        code, out, _ = program(gpu.main)
+        found = json.loads((tmp_path / "gpu/gpu.json").read_text())
+        failed = [row["part"] for row in found["parts"] if row["state"] in ("failed", "timed out")]
+        assert f"not done: {', '.join(failed)}\n" in out
+        return code, found, (tmp_path / "gpu/gpu.md").read_text().splitlines()
+
+    return run
+
+
 @pytest.mark.slow
-def test_every_part_runs_and_what_fails_is_named(program, tmp_path, monkeypatch):
+def test_every_part_runs_and_what_fails_is_named(report):
     """Attention has one second, and circuits is given half a round."""
     pytest.importorskip("triton", reason="triton is not installed: `make test` installs it")
     parts = {}
     for name, (_, words, wanted) in gpu.PARTS.items():
         words = f"{words} {SHORT.get(name, '')}".replace('")', '", 2, "cpu")')  # of search
-        parts[name] = 1 if name == "attention" else 300, words, wanted
-    changed = {"PARTS": parts, "FOLDER": tmp_path / "gpu", "SECONDS": 3600, "TOKENS": 2**12}
-    changed["GPTConfig"] = partial(GPTConfig, block_size=16, n_layer=2, n_head=2, n_embd=8)
-    for name, value in changed.items():
-        monkeypatch.setattr(gpu, name, value)
-    for name, value in {"is_available": True, "device_count": 2, "get_device_name": "a card"}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    code, out, err = program(gpu.main)
-    report = json.loads((tmp_path / "gpu/gpu.json").read_text())
-    rows = {row["part"]: row for row in report["parts"]}
+        parts[name] = 1 if name == "attention" else 600, words, wanted
+    code, found, lines = report(2, PARTS=parts, SECONDS=6000)
+    rows = {row["part"]: row for row in found["parts"]}
     failed = {name: row["state"] for name, row in rows.items() if row["state"] != "done"}
-    assert failed == {"attention": "timed out", "circuits": "failed"}, (rows, err)
-    assert code == 1 and "not done: attention, circuits" in out
-    assert list(rows) == list(gpu.PARTS) and report["machine"].startswith("2 x a card, torch ")
+    assert failed == {"attention": "timed out", "circuits": "failed"}, rows
+    assert code == 1 and found["machine"].startswith("2 x a card, torch ")
     for name, words in {
         "tests": "1 passed", "kernels": "4 passed", "step": "gated, reference", "circuits": "error: --rounds",
         "nccl": "dense 4 validation: loss", "shakespeare_char_gpu": "sparse 4 validation: loss",
@@ -50,21 +63,16 @@ def test_every_part_runs_and_what_fails_is_named(program, tmp_path, monkeypatch)
     }.items():  # fmt: skip
         assert words in " ".join(rows[name]["result"]), rows[name]
     assert any(line.startswith("sparse ") and line.endswith("tokens/s") for line in rows["gpt2"]["result"])
-    lines = (tmp_path / "gpu/gpu.md").read_text().splitlines()
     assert len(lines) == 4 + len(rows) and all(line.count("|") == 5 for line in lines[2:])
     assert "**timed out**" in lines[4 + list(rows).index("attention")]
     assert lines[-2].startswith("| gpt2 | `python train.py gpt2 --out_dir=")
 
 
-def test_a_table_says_why_there_is_no_figure(tmp_path, monkeypatch):
-    """One GPU, and no time left: two processes are not tried, the next part is stopped at once."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.setattr(gpu, "FOLDER", tmp_path)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    rows = [gpu.outcome("nccl", 60), gpu.outcome("search", 0)]
-    assert [row["state"] for row in rows] == ["not run", "timed out"]
-    text = gpu.table({"machine": "a card", "text": "none", "parts": rows})
-    assert "| 0 | **not run**<br>there is one GPU |" in text
+def test_when_time_is_up_the_other_parts_are_stopped_and_one_gpu_is_no_two(report):
+    code, found, lines = report(1, SECONDS=0)
+    states = {row["part"]: row["state"] for row in found["parts"]}
+    assert code == 1 and states == dict.fromkeys(gpu.PARTS, "timed out") | {"nccl": "not run"}
+    assert any(line.endswith("| 0 | **not run**<br>there is one GPU |") for line in lines)
 
 
 def test_speed_leaves_out_what_comes_before_the_first_line():
