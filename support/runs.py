@@ -171,8 +171,13 @@ class Run:
 
     def draw(self, dense, sparse):
         """Write edges.png, attention.png and training.png, and return their paths. They show plot_text, or
-        the first example of the validation split; of running text, edges.png has the sparse model alone."""
-        tokenizer, text = tokenizer_of(self.data.meta), self.config.plot_text
+        the first example of the validation split; of running text, edges.png has the sparse model alone.
+        Where GPT-2's tokenizer cannot be downloaded, nothing is drawn: the run is worth more than that."""
+        try:
+            tokenizer, text = tokenizer_of(self.data.meta), self.config.plot_text
+        except UserError as error:
+            print(f"note: nothing is drawn: {error}")
+            return []
         idx = next(self.data.sequential("val", 1))[0][:, :24]
         if text:
             try:

@@ -1,6 +1,7 @@
 """bench.py on sizes so small that only its bookkeeping shows."""
 
 import json
+from functools import partial
 
 import torch
 
@@ -47,6 +48,16 @@ def test_a_candidate_that_fails_is_a_row_and_the_others_are_measured():
     config = bench.BenchConfig(("step",), rounds=2, device="cpu")
     results = bench.measure({"large": fail, "small": lambda: None}, config)
     assert results["large"] == "out of memory" and results["small"]["median"] >= 0
+
+
+def test_a_candidate_that_fails_is_seen_in_the_exit_code(program, tmp_path, monkeypatch):
+    for words, wanted in (("CUDA out of memory", 0), ("no compiler", 1)):
+        fail = partial(exec, f"raise RuntimeError({words!r})")
+        tables = [("a table", {"one": lambda: None, "other": fail}, None)]
+
+        monkeypatch.setitem(bench.MEASUREMENTS, "step", lambda config, tables=tables: tables)
+        code, out, _ = program(bench.main, "step", *SMALL, f"--out={tmp_path}/b.json")
+        assert code == wanted and words.removeprefix("CUDA ") in out and "wrote" in out
 
 
 def test_an_unknown_measurement_is_one_sentence(program):

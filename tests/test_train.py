@@ -161,6 +161,15 @@ def test_a_run_writes_what_it_promises(small, tmp_path, capsys):
         assert words in out
 
 
+def test_without_its_tokenizer_a_run_keeps_its_promises_but_draws_nothing(small, capsys, monkeypatch):
+    def absent(meta):
+        raise UserError("tiktoken cannot get the GPT-2 vocabulary")
+
+    monkeypatch.setattr(runs, "tokenizer_of", absent)
+    summary, out = train(small), capsys.readouterr().out
+    assert summary["edges_hard"] > 0 and "hard edges" in out and "note: nothing is drawn: tiktoken" in out
+
+
 def test_a_run_over_its_bound_says_so_and_names_the_remedy(small, capsys):
     summary = train(replace(small, loss_tolerance=0.0, multiplier_max=0.01, sparsify_steps=30))
     out = capsys.readouterr().out
