@@ -5,8 +5,10 @@ A checkpoint holds tensors and plain values only, and is loaded without running 
 """
 
 import dataclasses
+import json
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +16,11 @@ import torch
 
 from support import gpt2_weights
 from support.command_line import UserError
+from support.files import download as fetch
 from support.files import replacing
 
+HUB = "https://huggingface.co"
+MODELS = {name: (f"openai-community/{name}", gpt2_weights.SAFETENSORS) for name in gpt2_weights.MODELS}
 MODEL, RUN = "nanosparse model", "nanosparse run"  # the formats: a finished model; last.pt, to resume from
 
 
@@ -45,16 +50,37 @@ def open_pretrained(source):
     if isinstance(source, Pretrained):
         return source
     folder = Path(source)
-    if str(source) in gpt2_weights.MODELS and not folder.exists():
-        folder = gpt2_weights.download(str(source))
+    if str(source) in MODELS and not folder.exists():
+        folder = download(str(source))
     if not folder.is_dir():
         saved = load_checkpoint(source)
         known = (saved["model_config"], saved["tokenizer"], saved["trained_on"])
         return Pretrained(str(source), *known, lambda: saved["model"].items())
-    config = gpt2_weights.read_config(folder)
-    kind = "gpt2" if config["vocab_size"] == 50257 else "unknown"
-    tokenizer = {"tokenizer": kind, "vocab_size": config["vocab_size"]}
-    return Pretrained(str(source), config, tokenizer, {}, lambda: gpt2_weights.read_tensors(folder))
+    settings = gpt2_weights.read_settings(folder)
+    config = gpt2_weights.read_config(folder, settings)
+    tensors = partial(gpt2_weights.read_tensors, folder, config["read_out"] == "tied")
+    return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors)
+
+
+def tokens_of(folder, config):
+    """What the tokens of a folder's model mean: a dataset's meta.json beside it, else GPT-2's tokens if they
+    are as many. Sets the padding in config, GPTConfig's fields, after meta.json."""
+    path, n_tokens = folder / "meta.json", config["vocab_size"] - config["padding"]
+    if not path.is_file():
+        return {"tokenizer": "gpt2" if n_tokens == 50257 else "unknown", "vocab_size": n_tokens}
+    with gpt2_weights.damage_named(path):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        config["padding"] = config["vocab_size"] - meta["vocab_size"]
+    return meta
+
+
+def download(name):
+    """Fetch one of MODELS into PyTorch's cache, unless it is there. Returns the folder. Raises UserError."""
+    folder, (repository, weights) = Path(torch.hub.get_dir()) / "nanosparse" / name, MODELS[name]
+    for file in ("config.json", weights):
+        if not (folder / file).is_file():
+            fetch(f"{HUB}/{repository}/resolve/main/{file}", folder / file)
+    return folder
 
 
 @torch.no_grad()
@@ -94,7 +120,7 @@ def load_checkpoint(path, format=MODEL):
     """A dict that save_checkpoint wrote, on the CPU. Raises UserError for a file that is not one of these."""
     path = Path(path)
     if not path.is_file():
-        names = ", ".join(gpt2_weights.MODELS)
+        names = ", ".join(MODELS)
         raise UserError(f"there is no checkpoint {path}: train it with train.py, or give one of {names}")
     try:
         with zipfile.ZipFile(path) as file:
