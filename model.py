@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gates import GATES, AttentionStats, attention_pattern, causal_scores, gated_attention
-from support import gpt2_weights
+from support import gpt2_weights, lens_weights
 from support.checkpoints import fill, open_pretrained
 from support.command_line import UserError
 
@@ -276,8 +276,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """A trained model, in eval mode, on the CPU. source: gpt2, gpt2-medium, gpt2-large or gpt2-xl
-        (downloaded once), a folder in Hugging Face's GPT-2 layout, or the path of one of this project's checkpoints; overrides: GPTConfig fields, for instance
+        """A trained model, in eval mode, on the CPU. source: one of support.checkpoints.MODELS, such as gpt2
+        (downloaded once), a folder in Hugging Face's GPT-2 layout or with a TransformerLens state dict, or
+        the path of one of this project's checkpoints; overrides: GPTConfig fields, for instance
         gate="hard_concrete" to put gates on a dense model. Raises UserError if the source is missing, damaged
         or another model."""
         source = open_pretrained(source)
@@ -291,7 +292,10 @@ class GPT(nn.Module):
         model.initialise(new_gates)
         return model.eval()
 
-    def save_pretrained(self, folder):
-        """Write the model in Hugging Face's GPT-2 layout; gates go along as tensors and settings of our
-        own."""
-        gpt2_weights.write_folder(folder, asdict(self.config), self.named_parameters())
+    def save_pretrained(self, folder, layout="huggingface"):
+        """Write the model as Hugging Face's GPT-2 or, with layout="transformer_lens", as a HookedTransformer;
+        gates go along as tensors or settings of our own. Raises UserError."""
+        layouts = {"huggingface": gpt2_weights, "transformer_lens": lens_weights}
+        if layout not in layouts:
+            raise UserError(f"layout is {layout!r}: choose one of {', '.join(layouts)}")
+        layouts[layout].write_folder(folder, asdict(self.config), self.named_parameters())

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from support import gpt2_weights
+from support import gpt2_weights, lens_weights
 from support.command_line import UserError
 from support.files import download as fetch
 from support.files import replacing
 
 HUB = "https://huggingface.co"
 MODELS = {name: (f"openai-community/{name}", gpt2_weights.SAFETENSORS) for name in gpt2_weights.MODELS}
+MODELS |= {name: (name, lens_weights.WEIGHTS) for name in lens_weights.MODELS}  # (repository, its weights)
 MODEL, RUN = "nanosparse model", "nanosparse run"  # the formats: a finished model; last.pt, to resume from
 
 
@@ -32,6 +33,7 @@ class Pretrained(NamedTuple):
     tokenizer: dict  # as in a dataset's meta.json
     trained_on: dict  # what save_model was given
     tensors: Callable  # () -> (name, tensor) one after the other
+    parts: Callable = lambda name, p: {name: p}  # a parameter of the model -> {stored name: part as stored}
 
     def dense_shape(self, block_size):
         """The fields of a training configuration that a dense model decides. Raises UserError for gates."""
@@ -57,9 +59,13 @@ def open_pretrained(source):
         known = (saved["model_config"], saved["tokenizer"], saved["trained_on"])
         return Pretrained(str(source), *known, lambda: saved["model"].items())
     settings = gpt2_weights.read_settings(folder)
-    config = gpt2_weights.read_config(folder, settings)
-    tensors = partial(gpt2_weights.read_tensors, folder, config["read_out"] == "tied")
-    return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors)
+    if "d_vocab" in settings:
+        config, tensors = lens_weights.read_folder(folder, settings)
+        parts = (partial(lens_weights.parts, n_head=config["n_head"]),)
+    else:
+        config, parts = gpt2_weights.read_config(folder, settings), ()
+        tensors = partial(gpt2_weights.read_tensors, folder, config["read_out"] == "tied")
+    return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors, *parts)
 
 
 def tokens_of(folder, config):
@@ -87,7 +93,9 @@ def download(name):
 def fill(model, pretrained):
     """Copy a Pretrained's tensors into a model; either may lack the other's gates. Returns {name: parameter}
     of the gates that were not copied. Raises UserError for another tensor that is missing or does not fit."""
-    waiting = dict(model.named_parameters())
+    waiting = {}
+    for name, p in model.named_parameters():
+        waiting |= pretrained.parts(name, p)
     for name, tensor in pretrained.tensors():
         if name.endswith("gate_bias") and model.config.gate == "none":
             continue
