@@ -21,7 +21,7 @@ from support.gpt2_weights import OWN, check_settings, damage_named, read_sizes, 
 NAMES = ("SparseGPT2", "ShortSparseGPT2", "SparseGPT2Finetuned", "SparseTinystories", "DenseTinystories")
 MODELS = tuple(f"ansonisl/{name}" for name in NAMES)  # the authors'
 WEIGHTS = "final.pth"
-GPT2_TOKENIZERS = re.compile(r"(.*/)?(gpt2|gpt-neo-)[^/]*$")  # whose 50,257 tokens are GPT-2's
+GPT2_TOKENIZERS = re.compile(r"(.*/)?(gpt2|gpt-neo-|TinyStories-)[^/]*$")  # 50,257 tokens, GPT-2's
 PARAMETER = re.compile(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)$")
 MODULES = {  # ours: theirs, {} is W or b
     "wte": "embed.{}_E", "wpe": "pos_embed.{}_pos", "ln_1": "ln1.{}", "attn.c_proj": "attn.{}_O",

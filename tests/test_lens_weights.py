@@ -125,7 +125,7 @@ def test_old_files_other_names_and_buffers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, padding", [("gpt2", 47), ("EleutherAI/gpt-neo-125M", 47), ("EleutherAI/gpt-neox", 0), (None, 0)]
+    "name, padding", [("gpt2", 47), ("x/gpt-neo-125M", 47), ("x/TinyStories-1M", 47), ("neox", 0), (None, 0)]
 )
 def test_padding_is_what_lies_past_the_tokenizer(tmp_path, name, padding):
     write(tmp_path, random_state(V=50304), d_vocab=50304, tokenizer_name=name)
@@ -190,8 +190,8 @@ def hooked():
     return load
 
 
-def check_hooked(ours, theirs):
-    idx = torch.randint(ours.config.vocab_size, (3, ours.config.block_size))
+def check_hooked(ours, theirs, n_sequences=3, length=T):
+    idx = torch.randint(ours.config.vocab_size, (n_sequences, length))
     with torch.no_grad():
         logits, cache = theirs.run_with_cache(idx)
         difference = (ours(idx, idx)[0] - logits).abs().max().item()
@@ -253,6 +253,16 @@ def test_the_docs_code_opens_our_model_in_transformer_lens_2(hooked, from_docs, 
     if gate != "none":
         names["add_gates"](names["theirs"], names["ours"])
     check_hooked(names["ours"], names["theirs"])
+
+
+@pytest.mark.huge
+def test_gpt2_smalls_shape_agrees_in_transformer_lens_2(hooked, from_docs):
+    model = random_model(GPTConfig(vocab_size=50304, read_out="biased", padding=47))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.1 if p.dim() == 2 else 1)  # as large as a trained model's
+    names = from_docs(model, 0)
+    check_hooked(names["ours"], names["theirs"], n_sequences=1, length=128)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -321,12 +331,14 @@ class Code:
         return Path.touch, (Path("ran"),)
 
 
-def test_code_damage_and_missing_files_are_one_sentence(tmp_path, monkeypatch):
+def test_code_damage_and_missing_files_are_one_sentence(tmp_path, monkeypatch, program):
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "lens", {"embed.W_E": Code()})
     with pytest.raises(UserError, match="final.pth is damaged or incomplete .UnpicklingError"):
         GPT.from_pretrained(folder)
     assert not Path("ran").exists()
+    code, _, err = program(sample.main, folder)
+    assert code == 2 and len(err.splitlines()) == 1
     write(folder, random_state())
     content = (folder / "final.pth").read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"[1]"):
