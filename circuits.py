@@ -152,7 +152,7 @@ def read_out(model, x, positions=None):
     """The residual stream x (B, T, C) -> logits (B, T, V), or (B, K, V) at positions (B, K)."""
     if positions is not None:
         x = x.gather(1, positions[:, :, None].expand(-1, -1, x.size(2)))
-    return F.linear(model.ln_f(x), model.wte.weight).float()
+    return model.read_out(x).float()
 
 
 def kl_divergence(full, circuit):
@@ -428,8 +428,9 @@ def open_task(config):
     """({dense, sparse: model}, their tokenizer's meta, (examples to search on, others to score on))."""
     name, device = config.task[0], find_device(config.device)
     dense, sparse = (open_pretrained(getattr(config, n) or f"out/{name}/{n}.pt") for n in ("dense", "sparse"))
-    known = [[s.model_config[key] for key in ("n_layer", "n_head", "vocab_size")] for s in (dense, sparse)]
-    if known[0] != known[1] or dense.tokenizer.get("characters") != sparse.tokenizer.get("characters"):
+    shapes = [[s.model_config[key] for key in ("n_layer", "n_head")] for s in (dense, sparse)]
+    tokens = [[s.tokenizer.get(key) for key in ("vocab_size", "characters")] for s in (dense, sparse)]
+    if shapes[0] != shapes[1] or tokens[0] != tokens[1]:
         raise UserError(f"{dense.name} and {sparse.name} differ in shape or tokens: compare two of one model")
     models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
     given = (name, config.data, models["dense"].config, dense.tokenizer, 2 * config.examples, config.seed)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gates import GATES, AttentionStats, attention_pattern, causal_scores, gated_attention
-from support import gpt2_weights
+from support import gpt2_weights, lens_weights
 from support.checkpoints import fill, open_pretrained
 from support.command_line import UserError
 
@@ -35,6 +35,8 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
     gate: str = "none"  # or a name in gates.GATES
     gate_bias: float = 5.0  # where every head's gate bias starts: large, so that edges start open
+    read_out: str = "tied"  # to the token embedding, as in GPT-2; "own": other weights; "biased": and a bias
+    padding: int = 0  # tokens at the end of the vocabulary that mean nothing, and are never generated
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -42,8 +44,11 @@ class GPTConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one")
-        if self.gate not in ("none", *GATES):
-            raise UserError(f"gate is {self.gate!r}: choose one of none, {', '.join(GATES)}")
+        for name, choices in (("gate", ("none", *GATES)), ("read_out", ("tied", "own", "biased"))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if not 0 <= self.padding < self.vocab_size:
+            raise UserError(f"padding is {self.padding}: give at least 0, below vocab_size {self.vocab_size}")
 
 
 def causal_mask(n_queries, n_keys, device=None):
@@ -163,11 +168,14 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the read-out: the weights are tied
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the read-out, where that is tied
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.lm_head = None
+        if config.read_out != "tied":
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=config.read_out == "biased")
         self.activation_checkpointing = False  # True: compute every block twice instead of keeping it
         self.initialise(dict(self.named_parameters()))
 
@@ -193,6 +201,11 @@ class GPT(nn.Module):
             raise UserError(f"{end} tokens do not fit block_size {self.config.block_size}: shorten them")
         return self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
 
+    def read_out(self, x):
+        """The residual stream (..., C) -> logits (..., V)."""
+        x = self.ln_f(x)
+        return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
+
     def forward(self, idx, targets=None, return_stats=False, cache=None):
         """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted.
 
@@ -210,7 +223,7 @@ class GPT(nn.Module):
             layer_stats.append(stats)
         if cache is not None:
             cache.length += idx.size(1)
-        logits = F.linear(self.ln_f(x if targets is not None else x[:, -1:]), self.wte.weight)
+        logits = self.read_out(x if targets is not None else x[:, -1:])
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
@@ -244,11 +257,12 @@ class GPT(nn.Module):
         A step runs the model on the newest token and takes the rest from a key/value cache. Past block_size
         the window slides by one, all positions change, and the cache is built anew."""
         cache, new = KVCache(), idx
+        n_tokens = self.config.vocab_size - self.config.padding
         with evaluating(self):
             for _ in range(max_new_tokens):
                 if cache.length + new.size(1) > self.config.block_size:
                     cache, new = KVCache(), idx[:, -self.config.block_size :]
-                logits = self(new, cache=cache)[0][:, -1].float()  # (B, V)
+                logits = self(new, cache=cache)[0][:, -1, :n_tokens].float()  # (B, V)
                 if temperature == 0:
                     new = logits.argmax(dim=-1, keepdim=True)
                 else:
@@ -262,10 +276,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """A trained model, in eval mode, on the CPU. source: gpt2, gpt2-medium, gpt2-large or gpt2-xl
-        (downloaded once), a folder in Hugging Face's GPT-2 layout, or the path of one of this project's
-        checkpoints; overrides: GPTConfig fields, for instance gate="hard_concrete" to put gates on a dense
-        model. Raises UserError if the source is missing, damaged or another model."""
+        """A trained model, in eval mode, on the CPU. source: one of support.checkpoints.MODELS, such as gpt2
+        (downloaded once), a folder in Hugging Face's GPT-2 layout or with a TransformerLens state dict, or
+        the path of one of this project's checkpoints; overrides: GPTConfig fields, for instance
+        gate="hard_concrete" to put gates on a dense model. Raises UserError if the source is missing, damaged
+        or another model."""
         source = open_pretrained(source)
         unknown = source.model_config.keys() - GPTConfig.__dataclass_fields__
         if unknown:
@@ -277,7 +292,10 @@ class GPT(nn.Module):
         model.initialise(new_gates)
         return model.eval()
 
-    def save_pretrained(self, folder):
-        """Write the model in Hugging Face's GPT-2 layout; gates go along as tensors and settings of our
-        own."""
-        gpt2_weights.write_folder(folder, asdict(self.config), self.named_parameters())
+    def save_pretrained(self, folder, layout="huggingface"):
+        """Write the model as Hugging Face's GPT-2 or, with layout="transformer_lens", as a HookedTransformer;
+        gates go along as tensors or settings of our own. Raises UserError."""
+        layouts = {"huggingface": gpt2_weights, "transformer_lens": lens_weights}
+        if layout not in layouts:
+            raise UserError(f"layout is {layout!r}: choose one of {', '.join(layouts)}")
+        layouts[layout].write_folder(folder, asdict(self.config), self.named_parameters())

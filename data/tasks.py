@@ -54,7 +54,7 @@ def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False
     if file:
         task = from_file(file, tokenizer_of(meta))
     elif name == "induction":
-        task = induction(model_config.vocab_size, block_size, n or 400, seed)
+        task = induction(model_config.vocab_size - model_config.padding, block_size, n or 400, seed)
     elif name in TEMPLATES:
         task = from_template(name, tokenizer_of(meta), n or 400, seed)
     elif name in MAKE_COMMANDS or (folder / "meta.json").is_file():

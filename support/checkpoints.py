@@ -5,17 +5,23 @@ A checkpoint holds tensors and plain values only, and is loaded without running 
 """
 
 import dataclasses
+import json
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from support import gpt2_weights
+from support import gpt2_weights, lens_weights
 from support.command_line import UserError
+from support.files import download as fetch
 from support.files import replacing
 
+HUB = "https://huggingface.co"
+MODELS = {name: (f"openai-community/{name}", gpt2_weights.SAFETENSORS) for name in gpt2_weights.MODELS}
+MODELS |= {name: (name, lens_weights.WEIGHTS) for name in lens_weights.MODELS}  # (repository, its weights)
 MODEL, RUN = "nanosparse model", "nanosparse run"  # the formats: a finished model; last.pt, to resume from
 
 
@@ -27,6 +33,7 @@ class Pretrained(NamedTuple):
     tokenizer: dict  # as in a dataset's meta.json
     trained_on: dict  # what save_model was given
     tensors: Callable  # () -> (name, tensor) one after the other
+    parts: Callable = lambda name, p: {name: p}  # a parameter of the model -> {stored name: part as stored}
 
     def dense_shape(self, block_size):
         """The fields of a training configuration that a dense model decides. Raises UserError for gates."""
@@ -45,23 +52,50 @@ def open_pretrained(source):
     if isinstance(source, Pretrained):
         return source
     folder = Path(source)
-    if str(source) in gpt2_weights.MODELS and not folder.exists():
-        folder = gpt2_weights.download(str(source))
+    if str(source) in MODELS and not folder.exists():
+        folder = download(str(source))
     if not folder.is_dir():
         saved = load_checkpoint(source)
         known = (saved["model_config"], saved["tokenizer"], saved["trained_on"])
         return Pretrained(str(source), *known, lambda: saved["model"].items())
-    config = gpt2_weights.read_config(folder)
-    kind = "gpt2" if config["vocab_size"] == 50257 else "unknown"
-    tokenizer = {"tokenizer": kind, "vocab_size": config["vocab_size"]}
-    return Pretrained(str(source), config, tokenizer, {}, lambda: gpt2_weights.read_tensors(folder))
+    settings = gpt2_weights.read_settings(folder)
+    if "d_vocab" in settings:
+        config, tensors = lens_weights.read_folder(folder, settings)
+        parts = (partial(lens_weights.parts, n_head=config["n_head"]),)
+    else:
+        config, parts = gpt2_weights.read_config(folder, settings), ()
+        tensors = partial(gpt2_weights.read_tensors, folder, config["read_out"] == "tied")
+    return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors, *parts)
+
+
+def tokens_of(folder, config):
+    """What the tokens of a folder's model mean: a dataset's meta.json beside it, else GPT-2's tokens if they
+    are as many. Sets the padding in config, GPTConfig's fields, after meta.json."""
+    path, n_tokens = folder / "meta.json", config["vocab_size"] - config["padding"]
+    if not path.is_file():
+        return {"tokenizer": "gpt2" if n_tokens == 50257 else "unknown", "vocab_size": n_tokens}
+    with gpt2_weights.damage_named(path):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        config["padding"] = config["vocab_size"] - meta["vocab_size"]
+    return meta
+
+
+def download(name):
+    """Fetch one of MODELS into PyTorch's cache, unless it is there. Returns the folder. Raises UserError."""
+    folder, (repository, weights) = Path(torch.hub.get_dir()) / "nanosparse" / name, MODELS[name]
+    for file in ("config.json", weights):
+        if not (folder / file).is_file():
+            fetch(f"{HUB}/{repository}/resolve/main/{file}", folder / file)
+    return folder
 
 
 @torch.no_grad()
 def fill(model, pretrained):
     """Copy a Pretrained's tensors into a model; either may lack the other's gates. Returns {name: parameter}
     of the gates that were not copied. Raises UserError for another tensor that is missing or does not fit."""
-    waiting = dict(model.named_parameters())
+    waiting = {}
+    for name, p in model.named_parameters():
+        waiting |= pretrained.parts(name, p)
     for name, tensor in pretrained.tensors():
         if name.endswith("gate_bias") and model.config.gate == "none":
             continue
@@ -94,7 +128,7 @@ def load_checkpoint(path, format=MODEL):
     """A dict that save_checkpoint wrote, on the CPU. Raises UserError for a file that is not one of these."""
     path = Path(path)
     if not path.is_file():
-        names = ", ".join(gpt2_weights.MODELS)
+        names = ", ".join(MODELS)
         raise UserError(f"there is no checkpoint {path}: train it with train.py, or give one of {names}")
     try:
         with zipfile.ZipFile(path) as file:

@@ -18,11 +18,9 @@ import safetensors.torch
 import torch
 
 from support.command_line import UserError
-from support.files import download as fetch
 from support.files import make_folder, replacing, write_json
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-HUB = "https://huggingface.co/openai-community"
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")  # causal masks, saved by old versions
@@ -34,49 +32,61 @@ EXPECTED = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
+    "tie_word_embeddings": (True, False),
 }
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}  # theirs: ours
 SIZES["n_positions"] = "block_size"
+OWN = ("gate", "gate_bias", "read_out", "padding")  # what only we have: fields of GPTConfig
 
 
-def download(name):
-    """Fetch one of MODELS into PyTorch's cache, unless it is there. Returns the folder. Raises UserError."""
-    folder = Path(torch.hub.get_dir()) / "nanosparse" / name
-    for file in ("config.json", SAFETENSORS):
-        if not (folder / file).is_file():
-            fetch(f"{HUB}/{name}/resolve/main/{file}", folder / file)
-    return folder
-
-
-def read_config(folder):
-    """The fields of GPTConfig that config.json gives, as a dict. Raises UserError if it is not GPT-2's."""
+def read_settings(folder):
+    """config.json of a folder as a dict. Raises UserError."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: give a folder with config.json and {SAFETENSORS} or {BIN}")
     with damage_named(path):
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        fields = {ours: int(stored[theirs]) for theirs, ours in SIZES.items()}
-        gates = dict(stored.get("nanosparse", {}))
-    for key, values in {**EXPECTED, "n_inner": (4 * fields["n_embd"], None)}.items():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_sizes(path, stored, sizes):
+    """The fields of GPTConfig that config.json gives as whole numbers, and those that only we have. sizes:
+    {theirs: ours}."""
+    with damage_named(path):
+        fields = {ours: int(stored[theirs]) for theirs, ours in sizes.items()}
+        return fields, dict(stored.get("nanosparse", {}))
+
+
+def check_settings(path, stored, expected):
+    """Raise UserError if config.json says of a setting what is not in expected, {setting: values}."""
+    for key, values in expected.items():
         if stored.get(key, values[0]) not in values:
             raise UserError(f"{path} has {key} {stored[key]!r}, GPT-2 has {values[0]!r}: give a GPT-2 model")
-    return {**fields, "bias": True, "gate": "none", **gates}
 
 
-def read_tensors(folder):
+def read_config(folder, stored):
+    """The fields of GPTConfig that config.json gives, as a dict. Raises UserError if it is not GPT-2's."""
+    path = Path(folder) / "config.json"
+    fields, own = read_sizes(path, stored, SIZES)
+    check_settings(path, stored, {**EXPECTED, "n_inner": (4 * fields["n_embd"], None)})
+    read_out = "tied" if stored.get("tie_word_embeddings", True) else "own"
+    return {**fields, "bias": True, "gate": "none", "read_out": read_out, "padding": 0, **own}
+
+
+def read_tensors(folder, tied):
     """(name, tensor) of every parameter, one after the other, named and turned as model.py has them. Raises
-    UserError for missing or damaged files, and for a read-out that is not tied to the embedding."""
-    tied = []
+    UserError for missing or damaged files, and for a read-out that should be tied to the embedding and is
+    not."""
+    same = []
     for path in weight_files(Path(folder)):
         for name, tensor in stored_tensors(path):
             name = name.removeprefix("transformer.")
-            if name in ("wte.weight", "lm_head.weight"):
-                tied.append(tensor)
-            if name != "lm_head.weight" and not MASKS.match(name):
+            if name in ("wte.weight", "lm_head.weight") and tied:
+                same.append(tensor)
+            if not (name == "lm_head.weight" and tied) and not MASKS.match(name):
                 yield name, tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-    if len(tied) == 2 and not torch.equal(*tied):
-        raise UserError(f"{folder} has a lm_head.weight of its own: give a model with tied weights")
+    if len(same) == 2 and not torch.equal(*same):
+        untied = f"{folder} has a lm_head.weight of its own, and config.json says that it is the embedding"
+        raise UserError(f'{untied}: write "tie_word_embeddings": false there')
 
 
 def weight_files(folder):
@@ -116,25 +126,35 @@ def damage_named(path):
         raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}): get it again")
 
 
+def with_biases(named_tensors):
+    """{name: tensor} of a model, on the CPU; biases that it does without are zeros."""
+    tensors = {}
+    for name, tensor in named_tensors:
+        tensors[name] = tensor.detach().cpu()
+        if name.endswith(".weight") and name.split(".")[0] not in ("wte", "wpe", "lm_head"):
+            bias = name.removesuffix("weight") + "bias"  # follows its weight, where there is one
+            tensors[bias] = torch.zeros(len(tensor))
+    return tensors
+
+
 def write_folder(folder, config, named_tensors):
     """Write config.json and model.safetensors. config: GPTConfig's fields as a dict; named_tensors: (name,
     tensor) as in model.py. Biases that the model does without are written as zeros. Raises UserError."""
-    folder, tensors = make_folder(folder), {}
-    for name, tensor in named_tensors:
-        tensor = tensor.detach().cpu()
-        tensors[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous()
-        if name.endswith(".weight") and name[:3] not in ("wte", "wpe"):
-            bias = name.removesuffix("weight") + "bias"  # follows its weight, where there is one
-            tensors[bias] = torch.zeros(tensors[name].shape[-1])  # of the output, as stored
+    folder, tensors = make_folder(folder), with_biases(named_tensors)
+    tensors = {name: (t.t() if name.endswith(TRANSPOSED) else t).contiguous() for name, t in tensors.items()}
     stored = {
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in EXPECTED.items()},
         **{theirs: config[ours] for theirs, ours in SIZES.items()},
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config["dropout"]),
+        "tie_word_embeddings": config["read_out"] == "tied",
     }
-    if config["gate"] != "none":
-        stored["nanosparse"] = {key: value for key, value in config.items() if key.startswith("gate")}
-        print(f"{folder}: other libraries load it without the gates; GPT.from_pretrained restores both")
+    lost = {"the gates": config["gate"] != "none", "the read-out's bias": config["read_out"] == "biased"}
+    lost = " and ".join(what for what, is_there in lost.items() if is_there)
+    if lost:
+        print(f"{folder}: other libraries load it without {lost}; GPT.from_pretrained restores everything")
+    if lost or config["padding"]:
+        stored["nanosparse"] = {key: config[key] for key in OWN}
     with replacing(folder / SAFETENSORS) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(stored, folder / "config.json")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gates import GATES
 from model import GPT, GPTConfig
-from support import gpt2_weights
+from support import checkpoints
 from support.command_line import UserError
 from tests.conftest import ROOT
 
@@ -56,9 +56,10 @@ def transformers():
 # The oracle
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "sharded", "bin"])
+@pytest.mark.parametrize("layout", ["safetensors", "sharded", "bin", "own read-out"])
 def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, transformers, layout):
     config = transformers.GPT2Config(vocab_size=31, n_positions=16, n_layer=3, n_head=4, n_embd=32)
+    config.tie_word_embeddings = layout != "own read-out"
     theirs = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in theirs.parameters():
@@ -70,6 +71,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(tmp_path, transformers
         theirs.save_pretrained(tmp_path, max_shard_size="20KB" if layout == "sharded" else "1GB")
         assert len(list(tmp_path.glob("*.safetensors"))) == 1 or layout == "sharded"
     ours = GPT.from_pretrained(tmp_path)
+    assert (ours.lm_head is None) == config.tie_word_embeddings
     idx = torch.randint(31, (3, 16))
     with torch.no_grad():
         wanted, logits = theirs(idx).logits, ours(idx, idx)[0]
@@ -114,7 +116,7 @@ def test_the_true_shapes_agree_and_load_without_a_second_copy(tmp_path, transfor
 
 
 def test_transformers_reads_what_we_write(tmp_path, transformers):
-    for config in (TINY, replace(TINY, bias=False)):
+    for config in (TINY, replace(TINY, bias=False), replace(TINY, read_out="own")):
         ours = random_model(config)
         ours.save_pretrained(tmp_path)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
@@ -186,6 +188,8 @@ def test_a_tensor_that_does_not_fit_is_named(folder, name, shape, words):
         (dict(n_head=3), "n_embd 8 is not divisible by n_head 3"),
         (dict(n_embd="eight"), "damaged"),
         (dict(nanosparse={"gate": "sigmoid"}), "gate is 'sigmoid'"),
+        (dict(nanosparse={"read_out": "new"}), "read_out is 'new': choose one of tied, own, biased"),
+        (dict(tie_word_embeddings=False), "its tensor lm_head.weight is missing"),
         (dict(nanosparse={"colour": 1}), "has a setting colour of another version"),
     ],
 )
@@ -226,10 +230,11 @@ def test_pickled_code_and_missing_shards_are_refused(folder):
 
 
 def test_a_model_is_downloaded_once_and_whole(folder, tmp_path, monkeypatch):
-    hub, cache = tmp_path / "hub" / "gpt2" / "resolve" / "main", tmp_path / "cache" / "nanosparse" / "gpt2"
+    hub = tmp_path / "hub" / "openai-community" / "gpt2" / "resolve" / "main"
+    cache = tmp_path / "cache" / "nanosparse" / "gpt2"
     hub.mkdir(parents=True)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    monkeypatch.setattr(gpt2_weights, "HUB", f"file://{tmp_path}/hub")
+    monkeypatch.setattr(checkpoints, "HUB", f"file://{tmp_path}/hub")
     monkeypatch.chdir(tmp_path)
     (folder / "config.json").rename(hub / "config.json")
     with pytest.raises(UserError, match="cannot download .*model.safetensors"):
