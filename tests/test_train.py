@@ -190,7 +190,7 @@ def test_thirty_steps_close_edges(small, gate):
 
 
 def test_gated_model_starts_from_the_dense_weights_and_dense_stays(small, tmp_path):
-    train(replace(small, sparsify_steps=1, learning_rate=1e-9, gate_learning_rate=1e-9, min_lr=0.0))
+    train(replace(small, sparsify_steps=1, sparsify_learning_rate=1e-9, gate_learning_rate=1e-9, min_lr=0.0))
     dense, sparse = (weights(tmp_path / "run" / f"{name}.pt") for name in ("dense", "sparse"))
     assert all(torch.allclose(dense[name], sparse[name], atol=1e-6) for name in dense)
     assert torch.allclose(sparse["h.0.attn.gate_bias"], torch.full((2,), 5.0))
