@@ -323,9 +323,9 @@ def curve_figure(curves):
     for shade, (name, ways) in zip(HEADS, curves.items()):
         for style, (way, points) in zip(("o-", "s--", "^:"), ways.items()):
             axis.plot(*zip(*sorted(points)), style, ms=5, color=shade, label=f"{name}, {way}")
-    axis.axhline(1, color=BLACK, lw=0.6)
-    axis.set(xlabel="effective edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)")
-    axis.set_xlim(left=0)
+    for height, style in ((1, "-"), (0.9, ":")):
+        axis.axhline(height, color=BLACK, lw=0.6, ls=style)
+    axis.set(xlabel="edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)", xscale="log")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure

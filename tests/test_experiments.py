@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from gates import GATES
 from model import AttentionRecord
 from readings import Edge
 from support.checkpoints import save_model
+from support.graph import Graph
 from tests.conftest import ROOT
 from tests.test_model import tiny
 from train import RECIPES, train
@@ -29,12 +31,24 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
     argv = ["sums", *files, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--steps=5", "--device=cpu"]
     code, out, err = program(circuit_curve.main, *argv)
     assert code == 0, err
-    found = json.loads((tmp_path / "circuits_curve.json").read_text())["dense"]
-    assert [p["bound"] for p in found["points"]["edge pruning"]] == pytest.approx([3e-4, 1e-3, 3e-3, 3e-2])
-    for way in ("attribution", "random"):
-        for point, other in zip(found["points"]["edge pruning"], found["points"][way]):
-            assert other["edges"] >= point["edges"]
-    assert (tmp_path / "circuits_curve.png").stat().st_size > 5000 and "at a KL of 0.001" in out
+    report = json.loads((tmp_path / "circuits_curve.json").read_text())
+    for name in ("dense", "sparse"):
+        for way in circuit_curve.WAYS:
+            n, points = report["figures"][name][way], report["points"][name][way]
+            assert max(n["edges"], n["swept"]) <= points[-1][0] and n["heads"] <= 4
+            assert points[-1][1] == pytest.approx(1, abs=1e-4), "all edges explain everything"
+            assert points == sorted(points) and points[0][0] < points[-1][0]
+    assert (tmp_path / "circuits_curve.png").stat().st_size > 5000 and "edge pruning: edges for 90 %" in out
+
+
+def test_edges_are_counted_from_component_to_component():
+    """A head that reads the embedding as query and as value has one edge, where the graph has two."""
+    graph = Graph(n_layer=1, n_head=2)
+    rest = {("a0.h1", "m0"), ("a0.h1", "logits"), ("m0", "logits")}
+    mask = graph.mask({("embed", "a0.h1.q"), ("embed", "a0.h1.v"), *rest})
+    edges, heads = circuit_curve.components(SimpleNamespace(graph=graph), mask)
+    assert edges == {("embed", "a0.h1"), *rest}
+    assert heads == {"a0.h1"}
 
 
 def test_the_low_rank_gates_of_the_docs(monkeypatch):
@@ -147,4 +161,5 @@ def test_the_program_of_addition_adds_and_is_held_against_a_model(program, tmp_p
         block.attn.gate_bias.data.fill_(-99.0)  # no edge is open
     save_model(model, tmp_path / "sparse.pt", read_meta(tmp_path / "addition"), {})
     code, out, _ = program(explain.main, tmp_path / "sparse.pt", f"--data_dir={tmp_path}")
-    assert code == 0 and "edges: 0 predicted rightly of" in out and "all edges are predicted: 0 of 10,000" in out
+    assert code == 0 and "edges: 0 predicted rightly of" in out
+    assert "all edges are predicted: 0 of 10,000" in out
