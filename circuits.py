@@ -375,8 +375,8 @@ def scores(circuit, task):
     heads, up to the last answer's query, mean per prompt; kl: KL(full || circuit), nats, mean over examples
     and positions; accuracy: fraction of examples whose every answer is the likeliest token; preference: is
     likelier than the wrong one; logit_difference: m, answer minus wrong, mean; faithfulness: (m - m(empty))
-    / (m(full) - m(empty)), the empty circuit being all closed, 1 if these are equal; full_accuracy: the full
-    model's accuracy."""
+    / (m(full) - m(empty)), the empty circuit being all closed; left out if these are equal, and there is
+    nothing to explain; full_accuracy: the full model's accuracy."""
     with evaluating(circuit.model):
         problem = Problem(circuit.model, task.clean, task.corrupted, task.positions, circuit.ablation)
         mask = circuit.mask(task.clean.size(1))
@@ -385,6 +385,7 @@ def scores(circuit, task):
     mean = lambda values: values.cpu().double().mean().item()
     accuracy = lambda logits: mean((logits.argmax(dim=-1) == answers).all(dim=1))
     m, m_full, m_empty = (mean(logit_difference(x, answers, wrong)) for x in (logits, full, empty))
+    effect = {"faithfulness": (m - m_empty) / (m_full - m_empty)} if abs(m_full - m_empty) > 1e-6 else {}
     nodes = {tuple(node.split(".")[:2]) for edge in circuit.edges for node in edge[:2]}  # a0, h1; m0; embed
     return {
         "edges": len(circuit.edges),
@@ -395,7 +396,7 @@ def scores(circuit, task):
         "accuracy": accuracy(logits),
         "preference": mean((logit_difference(logits, answers, wrong) > 0).all(dim=1)),
         "logit_difference": m,
-        "faithfulness": (m - m_empty) / (m_full - m_empty) if abs(m_full - m_empty) > 1e-6 else 1.0,
+        **effect,
         "full_accuracy": accuracy(full),
     }
 

@@ -117,7 +117,8 @@ class Effect:
     change: str  # the commonest one of the answers, in words
 
     def __str__(self):
-        return self.change + (f" (accuracy {self.accuracy:.1%}, loss {self.loss:.2f})" if self.accuracy < 1 else "")
+        figures = f" (accuracy {self.accuracy:.1%}, loss {self.loss:.2f})" if self.accuracy < 1 else ""
+        return self.change + figures
 
 
 @dataclass

@@ -102,8 +102,8 @@ class TrainConfig:
 
 GPT2 = TrainConfig(
     dataset="openwebtext", init_from="gpt2", block_size=1024, batch_size=8, gradient_accumulation_steps=24,
-    sparsify_steps=10_000, gate_bias="auto", sparsify_learning_rate=1e-4, gate_learning_rate=1e-2, min_lr=1e-5,
-    beta2=0.95, dtype="bfloat16", compile=True,
+    sparsify_steps=10_000, gate_bias="auto", sparsify_learning_rate=1e-4, gate_learning_rate=1e-2,
+    min_lr=1e-5, beta2=0.95, dtype="bfloat16", compile=True,
 )  # fmt: skip
 LARGER = replace(GPT2, batch_size=4, gradient_accumulation_steps=48)
 RECIPES = {

@@ -20,6 +20,7 @@ import circuits
 from circuits import CircuitConfig, Problem, circuit_output, logit_difference, read_out
 from model import evaluating
 from support import command_line, pictures
+from support.command_line import UserError
 from support.files import make_folder, write_json
 from support.report import side_by_side
 
@@ -52,6 +53,8 @@ def faithfulness_of(problem, task):
     m = lambda logits: logit_difference(logits, task.answers, task.wrong).mean().item()
     of = lambda mask: m(torch.cat([logits for logits, _ in problem.logits(mask)]))
     full, empty = m(problem.full), of(torch.zeros_like(problem.candidates))
+    if abs(full - empty) < 1e-6:
+        raise UserError("closing all edges changes no answer, so there is nothing to explain: give another task")
     return lambda mask: (of(mask) - empty) / (full - empty)
 
 

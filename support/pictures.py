@@ -325,7 +325,8 @@ def curve_figure(curves):
             axis.plot(*zip(*sorted(points)), style, ms=5, color=shade, label=f"{name}, {way}")
     for height, style in ((1, "-"), (0.9, ":")):
         axis.axhline(height, color=BLACK, lw=0.6, ls=style)
-    axis.set(xlabel="edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)", xscale="log")
+    axis.set(xlabel="edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)")
+    axis.set_xscale("log")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure

@@ -60,7 +60,7 @@ def test_eval_only_prints_the_figures(program, models, data_dir):
 BAD = [
     (["{}/sparse.pt", "--prompt=4+x="], "the model does not know 'x': use only the characters '+01"),
     (["{}/sparse.pt", "--prompt=4+5=0"], "--prompt '4+5=0' has 5 characters, this task's prompts have 4"),
-    (["{}/sparse.pt"], "--prompt '' has 0 characters, this task's prompts have 4: give one or more whole prompts"),
+    (["{}/sparse.pt"], "--prompt '' has 0 characters, this task's prompts have 4: give one or more whole"),
     (["{}/text.pt", "--prompt=abcabcabc"], "--prompt has 9 tokens, the model sees 8 at once: shorten it"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "in an existing folder"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a"], "that ends in .png, .svg or .pdf"),
