@@ -54,7 +54,7 @@ def faithfulness_of(problem, task):
     of = lambda mask: m(torch.cat([logits for logits, _ in problem.logits(mask)]))
     full, empty = m(problem.full), of(torch.zeros_like(problem.candidates))
     if abs(full - empty) < 1e-6:
-        raise UserError("closing all edges changes no answer, so there is nothing to explain: give another task")
+        raise UserError("closing all edges changes no answer: there is nothing to explain, give another task")
     return lambda mask: (of(mask) - empty) / (full - empty)
 
 
