@@ -364,8 +364,9 @@ def overrepresented(data, idx, tokens):
     groups = {name: [t for t in texts if holds(texts[t])] for name, holds in CLASSES.items()}
     groups |= {repr(text): [t] for t, text in texts.items()}
     sums = [(words, here[group].sum(), everywhere[group].sum()) for words, group in groups.items() if group]
-    found = [s for s in sums if s[1] >= 0.1 and s[1] >= 3 * s[2]]
-    return sorted(found, key=lambda s: -s[1])[:5]
+    # of a class and its only token, the class
+    found = {s[1:]: s for s in reversed(sums) if s[1] >= 0.1 and s[1] >= 3 * s[2]}
+    return sorted(found.values(), key=lambda s: -s[1])[:5]
 
 
 def context(data, row, query, key, length=16):

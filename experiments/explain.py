@@ -3,8 +3,8 @@ The addition model of `make demo` as a program: which edges are open, and what t
 
     python experiments/explain.py out/addition/sparse.pt
 
-`program` was written by hand from the model's cards (python sample.py out/addition/sparse.pt --heads). It is
-held against the model on all 10,000 problems. Another seed, or another machine, is another program.
+`program` was written by hand from the model's cards (python sample.py out/addition/sparse.pt --heads) and
+from the table of its exceptions, and is held against all 10,000 problems. Another seed is another program.
 """
 
 import sys

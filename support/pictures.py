@@ -144,9 +144,9 @@ def edges_figure(texts, records):
 def heads_figure(cards, labels):
     """How often each edge of a head is open, a panel per card of readings.read_heads. labels: names of a toy
     task's positions; without them, of running text, a panel shows the edges' distances."""
-    n_columns = 4
+    n_columns = min(4, max(2, len(cards)))
     n_rows = -(-max(1, len(cards)) // n_columns)
-    size = dict(figsize=(10, n_rows * (2.9 if labels else 1.9)), squeeze=False)
+    size = dict(figsize=(2.5 * n_columns, n_rows * (2.9 if labels else 1.9) + 0.4), squeeze=False)
     figure, axes = plt.subplots(n_rows, n_columns, layout="constrained", **size)
     for axis in axes.flat[len(cards) :]:
         axis.axis("off")
@@ -171,7 +171,7 @@ def heads_figure(cards, labels):
     axes[0, 0].set_ylabel("query" if labels else "fraction of its edges", fontsize=8)
     if labels and cards:
         bar = figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01)
-        bar.set_label("fraction of the examples in which the edge is open", fontsize=8)
+        bar.set_label("open in this fraction of examples", fontsize=8)
     return figure
 
 
