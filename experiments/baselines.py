@@ -126,11 +126,12 @@ class Learned(torch.nn.Module):
     def __init__(self, config, T, by_offset):
         super().__init__()
         size = (T,) if by_offset else (T, T)
-        self.log_alpha = torch.nn.Parameter(torch.full((config.n_layer, config.n_head, *size), 2.0))
+        # by that name, it has the gates' learning rate
+        self.gate_bias = torch.nn.Parameter(torch.full((config.n_layer, config.n_head, *size), 2.0))
         self.offset = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0) if by_offset else None
 
     def forward(self, layer):
-        a = self.log_alpha[layer]
+        a = self.gate_bias[layer]
         return a if self.offset is None else a[:, self.offset]  # (H, T, T)
 
 
