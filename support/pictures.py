@@ -297,12 +297,14 @@ def positions_figure(labels, circuits, n_layer):
 def baselines_figure(panels):
     """Loss against edges, a panel per dataset. panels: {dataset: (summary.json, {model: what evaluate
     found})}."""
-    size = (5 * len(panels), 4)
+    size = (max(10, 3.6 * len(panels)), 4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    names = dict.fromkeys(name for _, models in panels.values() for name in models)  # all, in order
+    looks = {name: dict(color=shade, marker=m) for name, shade, m in zip(names, HEADS, "*os^DvP")}
     for axis, (dataset, (summary, models)) in zip(axes[0], panels.items()):
-        for (name, result), shade, marker in zip(models.items(), HEADS, "*os^DvP"):
+        for name, result in models.items():
             point, size = (100 * result["edges_hard"], result["loss"]), 220 if name == "sparse" else 60
-            axis.scatter(*point, s=size, color=shade, marker=marker, label=name, zorder=3)
+            axis.scatter(*point, s=size, label=name, zorder=3, **looks[name])
         axis.axhline(summary["dense_loss"], color=BLACK, lw=0.8, label="dense")
         axis.axhline(summary["bound"], color=BLACK, lw=0.8, ls="--", label="bound")
         if "control_loss" in summary:
@@ -312,7 +314,10 @@ def baselines_figure(panels):
         axis.set_title(dataset, fontsize=10)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("validation loss (nats)")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    shown = {}
+    for axis in axes[0]:
+        shown |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), frameon=False)
     return figure
 
 
