@@ -153,7 +153,8 @@ def read_heads(model, data):
     with forced(model, {}):
         pass  # it raises
     idx, targets = sequences(model, data)
-    edges = open_edges(model, idx)
+    edges, tokens = open_edges(model, idx), idx.cpu().numpy()
+    known = symbols_of(data, idx) if data.is_task else token_groups(data, tokens)  # the same for all heads
     cards = []
     for layer, head in product(range(edges.size(0)), range(edges.size(1))):
         found = edges[layer, head].nonzero().T.numpy()  # (3, n): sequence, query, key
@@ -164,9 +165,9 @@ def read_heads(model, data):
         share = found.shape[1] / len(idx)
         card = Card(layer, head, "", share, share / (T * (T + 1) / 2), frequency)
         if data.is_task:
-            read_task_head(card, model, data, idx, targets, edges[layer, head].numpy(), found)
+            read_task_head(card, model, data, idx, targets, known, edges[layer, head].numpy(), found)
         else:
-            read_text_head(card, data, idx.cpu().numpy(), found)
+            read_text_head(card, data, tokens, known, found)
         cards.append(card)
     if not data.is_task:
         add_losses(cards, model, idx, targets)
@@ -204,10 +205,10 @@ def mean_loss(model, idx, targets):
 # On a toy task: edges by the names of their positions, and rules
 
 
-def read_task_head(card, model, data, idx, targets, is_open, found):
-    """Fill in a card. is_open: (N, T, T) bool; found: (3, n) sequence, query, key of every open edge."""
+def read_task_head(card, model, data, idx, targets, symbols, is_open, found):
+    """Fill in a card. symbols: symbols_of; is_open: (N, T, T) bool; found: (3, n) sequence, query, key of
+    every open edge."""
     roles = roles_of(data)
-    symbols = symbols_of(data, idx)
     card.name = head_name(idx.cpu().numpy(), found, roles)
     rows = np.arange(len(idx))[:: -(-len(idx) // 2000)]  # forcing takes some 2,000 examples
     for query, key in np.argwhere(card.frequency > 0):
@@ -335,8 +336,9 @@ CLASSES = {  # of tokens, by their text
 }
 
 
-def read_text_head(card, data, idx, found):
-    """Fill in a card. idx: (N, T); found: (3, n) sequence, query, key of every open edge."""
+def read_text_head(card, data, idx, groups, found):
+    """Fill in a card. idx: (N, T); groups: token_groups; found: (3, n) sequence, query, key of every open
+    edge."""
     n, query, key = found
     card.name = head_name(idx, found)
     distances = np.bincount(query - key) / len(n)
@@ -344,7 +346,7 @@ def read_text_head(card, data, idx, found):
     words = [f"{distance_words(d)} {distances[d]:.0%}" for d in common]
     card.lines += [f"distances: {', '.join(words)}"] if words else []
     for side, verb, position in (("keys", "reads", key), ("queries", "read by", query)):
-        over = overrepresented(data, idx, idx[n, position])
+        over = overrepresented(groups, idx[n, position])
         words = [f"{group} {share:.0%} ({usual:.1%} of the text)" for group, share, usual in over]
         card.lines += [f"{side}: {', '.join(words)}"] if words else []
         if not card.name and over and over[0][1] >= COVERS:
@@ -353,17 +355,21 @@ def read_text_head(card, data, idx, found):
         card.lines.append(context(data, idx[n[row]], query[row], key[row]))
 
 
-def overrepresented(data, idx, tokens):
-    """Classes and single tokens that are at least a tenth of `tokens` and three times as frequent there as in
-    idx: [(words, fraction of tokens, fraction of idx)], most frequent first, at most five."""
-    V = data.meta["vocab_size"]
-    here, everywhere = (np.bincount(t.ravel(), minlength=V) / t.size for t in (tokens, idx))
+def token_groups(data, idx):
+    """[(words, tokens, their fraction of idx)] of all classes and single tokens of idx, (N, T)."""
+    everywhere = np.bincount(idx.ravel(), minlength=data.meta["vocab_size"]) / idx.size
     decode = tokenizer_of(data.meta).decode
-    present = np.flatnonzero(everywhere)
-    texts = {t: decode([t]) for t in present.tolist()}
+    texts = {t: decode([t]) for t in np.flatnonzero(everywhere).tolist()}
     groups = {name: [t for t in texts if holds(texts[t])] for name, holds in CLASSES.items()}
     groups |= {repr(text): [t] for t, text in texts.items()}
-    sums = [(words, here[group].sum(), everywhere[group].sum()) for words, group in groups.items() if group]
+    return [(words, group, everywhere[group].sum()) for words, group in groups.items() if group]
+
+
+def overrepresented(groups, tokens):
+    """Of token_groups, those that are at least a tenth of `tokens` and three times as frequent there as in
+    the text: [(words, fraction of tokens, fraction of the text)], most frequent first, at most five."""
+    here = np.bincount(tokens, minlength=1 + max(max(group) for _, group, _ in groups)) / len(tokens)
+    sums = [(words, here[group].sum(), usual) for words, group, usual in groups]
     # of a class and its only token, the class
     found = {s[1:]: s for s in reversed(sums) if s[1] >= 0.1 and s[1] >= 3 * s[2]}
     return sorted(found.values(), key=lambda s: -s[1])[:5]

@@ -12,7 +12,13 @@ from tests.conftest import ROOT
 
 LESSON = (ROOT / "docs" / "lesson.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", LESSON, flags=re.M | re.S)
-SHORT = {"100_000": "1000", "steps=2000": "steps=20", "range(600)": "range(20)", "1000, seed=0": "20, seed=0", "steps=200": "steps=3, sweep=False"}  # fmt: skip
+SHORT = {
+    "100_000": "1000",
+    "steps=2000": "steps=20",
+    "range(600)": "range(20)",
+    "1000, seed=0": "20, seed=0",
+    "steps=200": "steps=3, sweep=False",
+}
 
 
 @pytest.fixture
