@@ -42,16 +42,22 @@ class Dataset:
         self.sequence_tokens = self.example_length - 1 if self.is_task else block_size  # inputs per sequence
         self.stride = self.example_length or block_size  # from one sequence of `sequential` to the next
         self.tokens = {split: self.open(folder / f"{split}.bin") for split in ("train", "val")}
+        # a split is pieces of its file: where each starts, (n,) int64, and the length of all
+        self.pieces = {split: (torch.zeros(1, dtype=torch.int64), len(t)) for split, t in self.tokens.items()}
         self.hold_out()
 
     def hold_out(self):
-        """Split "held_out": the end of a training text, a twentieth or a sequence, which "train" then lacks.
-        Of a toy task, and of a text of a sequence or two, it is the training split itself."""
-        train = self.tokens["train"]
-        n = max(min(len(train) // 20, EVALUATED // 4), self.sequence_tokens + 1)
-        can_split = not self.is_task and len(train) > n + self.sequence_tokens
-        self.tokens["held_out"] = train[-n:] if can_split else train
-        self.tokens["train"] = train[:-n] if can_split else train
+        """Split "held_out": a twentieth of a training text, in pieces of about 16 sequences spread over all of
+        it, which "train" then lacks. Of a toy task, and of a text of a sequence or two, it is all of "train"."""
+        n_tokens = len(self.tokens["train"])
+        n_held_out = min(n_tokens // 20, EVALUATED // 4)
+        n_pieces = max(1, n_held_out // (16 * self.block_size + 1))
+        period, length = n_tokens // n_pieces, max(n_held_out // n_pieces, self.block_size + 1)
+        self.tokens["held_out"], self.pieces["held_out"] = self.tokens["train"], self.pieces["train"]
+        if not self.is_task and period > length + self.block_size:
+            starts = torch.arange(n_pieces) * period
+            self.pieces["train"] = starts, period - length
+            self.pieces["held_out"] = starts + period - length, length
 
     def open(self, path):
         size = path.stat().st_size
@@ -69,9 +75,10 @@ class Dataset:
 
     def draw(self, split, batch_size, generator):
         """Where the sequences of a random batch start, (batch_size,)."""
-        n_tokens = len(self.tokens[split])
-        n_starts = n_tokens // self.example_length if self.is_task else n_tokens - self.block_size
-        return torch.randint(n_starts, (batch_size,), generator=generator) * (self.example_length or 1)
+        pieces, length = self.pieces[split]
+        n = length // self.example_length if self.is_task else length - self.block_size  # starts in a piece
+        drawn = torch.randint(len(pieces) * n, (batch_size,), generator=generator)
+        return pieces[drawn // n] + drawn % n * (self.example_length or 1)
 
     def sequential(self, split, batch_size, n_batches=None):
         """The split from its beginning in sequences that do not overlap, up to n_batches; a rest shorter than
@@ -81,9 +88,11 @@ class Dataset:
 
     def starts(self, split):
         """Where the sequences of `sequential` start: (N,) int64."""
-        n_sequences = (len(self.tokens[split]) - self.sequence_tokens - 1) // self.stride + 1
-        n_taken = min(n_sequences, max(1, EVALUATED // self.stride))
-        return torch.arange(n_taken) * n_sequences // n_taken * self.stride
+        pieces, length = self.pieces[split]
+        n = (length - self.sequence_tokens - 1) // self.stride + 1  # in a piece
+        n_taken = min(len(pieces) * n, max(1, EVALUATED // self.stride))
+        taken = torch.arange(n_taken) * (len(pieces) * n) // n_taken
+        return pieces[taken // n] + taken % n * self.stride
 
     def part(self, split):
         """What `sequential` takes of a split, in words; "" if it is all."""

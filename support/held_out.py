@@ -8,7 +8,7 @@ from support import ranks
 
 
 class HeldOut:
-    """The loss that the bound is on: with deterministic gates, on the end of the training text, which is not
+    """The loss that the bound is on: with deterministic gates, on pieces of the training text that are not
     trained on; of a toy task, on its training examples.
 
     Sequences differ in difficulty, so the mean of one batch is noisy; the difference to the dense model on

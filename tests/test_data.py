@@ -62,18 +62,23 @@ def test_recall_asks_for_the_digit_after_the_letter(tmp_path, program):
         assert 2 <= len(digit_of) == len(pairs) / 2 and digit_of[line[8]] == line[9]
 
 
-def test_the_end_of_a_text_is_held_out_of_training(tmp_path):
-    prepare.prepare_text([ROOT / "README.md"], tmp_path / "text", "char", 0.1)
+def test_pieces_spread_over_a_text_are_held_out_of_training(tmp_path):
+    (tmp_path / "words.txt").write_text(" ".join(map(str, range(10_000))))
+    prepare.prepare_text([tmp_path / "words.txt"], tmp_path / "text", "char", 0.1)
     data = Dataset("text", 16, tmp_path)
-    whole, parts = np.fromfile(tmp_path / "text" / "train.bin", np.uint16), data.tokens
-    assert len(parts["held_out"]) == len(whole) // 20
-    assert np.array_equal(np.concatenate([parts["train"], parts["held_out"]]), whole)
-    starts = data.draw("train", 5000, torch.Generator().manual_seed(0))
-    assert 0.9 * len(parts["train"]) < starts.max() < len(parts["train"]) - 16
+    whole = len(data.tokens["train"])
+    offsets = torch.arange(17)  # of the tokens that a sequence takes, its targets counted in
+    trained_on = (data.draw("train", 300_000, torch.Generator().manual_seed(0))[:, None] + offsets).unique()
+    held_out = data.starts("held_out")[:, None] + offsets
+    assert not torch.isin(held_out, trained_on).any()
+    assert 0.93 * whole < len(trained_on) < 0.96 * whole and trained_on.max() < whole
+    assert 0.94 < held_out[:, :16].unique().numel() / (whole / 20) <= 1, "all of it but for rests is measured"
+    quarters = torch.bincount(held_out[:, 0] * 4 // whole)
+    assert quarters.min() == quarters.max(), "every part of the text is held out alike"
     (tmp_path / "short.txt").write_text("ab" * 40)
     prepare.prepare_text([tmp_path / "short.txt"], tmp_path / "short", "char", 0.5)
-    parts = Dataset("short", 30, tmp_path).tokens
-    assert np.array_equal(parts["train"], parts["held_out"]), "too short to hold anything out"
+    data = Dataset("short", 30, tmp_path)
+    assert torch.equal(data.starts("train"), data.starts("held_out")), "too short to hold anything out"
 
 
 def test_only_the_answer_is_to_be_predicted(data_dir):
