@@ -2,6 +2,7 @@
 # make test      run the tests
 # make test-all  those that take minutes, too
 # make gpu       on a machine with a GPU: all that needs one, in nine minutes (TEXT=FILE: of the character model)
+# make figures   draw every picture of docs/ again, after training what they show (half an hour, two cores)
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
 
@@ -9,8 +10,9 @@ PYTHON ?= python3
 PY = .venv/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 OUT = out/addition
+NOVELS = $(wildcard out/seeds/novels_char_*_seed_100)
 
-.PHONY: demo test test-all gpu clean .venv
+.PHONY: demo test test-all gpu figures clean .venv
 
 demo: .venv/installed
 	@[ -f data/addition/meta.json ] || $(PY) data/prepare.py addition
@@ -27,6 +29,21 @@ test-all: .venv/triton
 
 gpu: .venv/triton
 	$(PY) experiments/gpu.py $(if $(TEXT),--text="$(TEXT)")
+
+figures: demo out/recall/summary.json
+	$(PY) circuits.py addition --positions
+	$(PY) experiments/circuit_curve.py addition
+	cp $(addprefix $(OUT)/,edges.png training.png attention.png) $(OUT)/circuits*.png docs
+	$(PY) sample.py $(OUT)/sparse.pt --heads --plot=docs/heads.png
+	$(PY) sample.py out/recall/sparse.pt --heads --plot=docs/heads_recall.png
+	$(PY) sample.py out/recall/sparse.pt --prompt=c4a1d7b2a --edges=docs/recall_edges.png
+	$(PY) experiments/baselines.py $(OUT) out/recall $(NOVELS) --picture=docs/baselines.png
+	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
+	cp out/lesson_*.png docs
+
+out/recall/summary.json: .venv/installed
+	$(PY) data/prepare.py recall
+	$(PY) train.py recall
 
 .venv: .venv/installed
 

@@ -48,8 +48,8 @@ class SeedsConfig:
 def run(config, seed):
     """Train one seed, unless that is done. Returns its summary.json."""
     words = config.options.split()
-    name = [config.recipe[0], *words, f"{config.threads or 'all'} threads", f"seed {seed}"]
-    folder = Path(config.out_dir) / " ".join(name).replace("--", "")
+    name = [config.recipe[0], *words, f"{config.threads or 'all'}_threads", f"seed_{seed}"]
+    folder = Path(config.out_dir) / "_".join(name).replace("--", "")
     summary = folder / "summary.json"
     if not summary.is_file():
         folder.mkdir(parents=True, exist_ok=True)
