@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.dataset import EVALUATED
 from data.tokenizer import tokenizer_of
 from model import evaluating
 from support.command_line import UserError
@@ -176,10 +177,9 @@ def read_heads(model, data):
 
 def sequences(model, data):
     """(idx, targets), both (N, T): the validation split, evenly thinned out to MOST_PAIRS."""
-    starts, config = data.starts("val"), model.config
+    config = model.config
     n = max(1, MOST_PAIRS // (config.n_layer * config.n_head * data.sequence_tokens**2))
-    n = min(n, len(starts))
-    return data.cut("val", starts[torch.arange(n) * len(starts) // n])
+    return data.cut("val", data.starts("val", min(n * data.stride, EVALUATED)))
 
 
 def batches(model, *tensors):

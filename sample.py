@@ -11,7 +11,7 @@ Generate text from a checkpoint, show and read its attention, force edges, or sc
     python sample.py --help
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,22 +115,22 @@ def main(argv):
     sources = [open_pretrained(path) for path in (config.compare, *config.checkpoint) if path]
     check_comparable(sources[0], sources[-1])
     models, short = {}, [Path(source.name).stem for source in sources]
-    for source, name in zip(sources, short if len(set(short)) == len(short) else [s.name for s in sources]):
-        model = models[name] = GPT.from_pretrained(source).to(config.device)
-        if len(sources) > 1:
-            print(f"{source.name}:")
-        with forced(model, forces) if forces and source is sources[-1] else nullcontext():
+    names = short if len(set(short)) == len(short) else [source.name for source in sources]
+    with ExitStack() as while_forced:
+        for source, name in zip(sources, names):
+            model = models[name] = GPT.from_pretrained(source).to(config.device)
+            if len(sources) > 1:
+                print(f"{source.name}:")
+            if forces and source is sources[-1]:
+                while_forced.enter_context(forced(model, forces))
             if config.eval_only:
                 score(config, source, model)
             elif config.heads:
                 read(config, source, model)
             else:
                 idx = generate(config, source, model)
-    if config.eval_only or config.heads:
-        return
-    tokenizer = tokenizer_of(sources[-1].tokenizer)
-    with forced(model, forces) if forces else nullcontext():
-        if config.plot:
+        tokenizer = tokenizer_of(source.tokenizer)
+        if config.plot and not config.heads:
             figure = pictures.attention_figure(*pictures.records_of(models, tokenizer, idx[-1:]))
             print(f"wrote {pictures.save(figure, config.plot)}")
         if config.edges:

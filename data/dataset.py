@@ -86,11 +86,11 @@ class Dataset:
         for chunk in self.starts(split).split(batch_size)[:n_batches]:
             yield self.cut(split, chunk)
 
-    def starts(self, split):
-        """Where the sequences of `sequential` start: (N,) int64."""
+    def starts(self, split, most=None):
+        """Where the sequences of `sequential` start: (N,) int64. most: tokens to take, instead of EVALUATED."""
         pieces, length = self.pieces[split]
         n = (length - self.sequence_tokens - 1) // self.stride + 1  # in a piece
-        n_taken = min(len(pieces) * n, max(1, EVALUATED // self.stride))
+        n_taken = min(len(pieces) * n, max(1, (most or EVALUATED) // self.stride))
         taken = torch.arange(n_taken) * (len(pieces) * n) // n_taken
         return pieces[taken // n] + taken % n * self.stride
 
