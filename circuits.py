@@ -3,6 +3,7 @@ Circuits: a small subgraph of a model that keeps a behaviour, in a dense model a
 
     python circuits.py addition                 out/addition/dense.pt against out/addition/sparse.pt
     python circuits.py addition --positions     which token talks to which, through which head
+    python circuits.py carry                    a narrow task: one token decides, see data/tasks.py
     python circuits.py shakespeare_char         or running text: what predicts the next token
     python circuits.py ioi --dense=gpt2 --sparse=out/gpt2/sparse.pt
     python circuits.py mine --data=FILE.jsonl --dense=... --sparse=...
@@ -408,8 +409,8 @@ def scores(circuit, task):
 @dataclass
 class CircuitConfig:
     task: tuple = arguments("one task, such as addition", 1, 1)
-    dense: str = option("", "the dense model; empty: out/<task>/dense.pt")
-    sparse: str = option("", "the sparse model; empty: out/<task>/sparse.pt")
+    dense: str = option("", "the dense model; empty: out/<task>/dense.pt; of carry, out/addition/dense.pt")
+    sparse: str = option("", "the sparse model, likewise")
     data: str = option("", "your own examples, JSON lines: clean, corrupted, answer, perhaps wrong_answer")
     data_dir: str = option("data", "where the datasets are")
     out_dir: str = option("", "where to write; empty: out/<task>")
@@ -428,14 +429,15 @@ class CircuitConfig:
 def open_task(config):
     """({dense, sparse: model}, their tokenizer's meta, (examples to search on, others to score on))."""
     name, device = config.task[0], find_device(config.device)
-    dense, sparse = (open_pretrained(getattr(config, n) or f"out/{name}/{n}.pt") for n in ("dense", "sparse"))
+    files = [getattr(config, n) or f"out/{tasks.home(name)}/{n}.pt" for n in ("dense", "sparse")]
+    dense, sparse = map(open_pretrained, files)
     shapes = [[s.model_config[key] for key in ("n_layer", "n_head")] for s in (dense, sparse)]
     tokens = [[s.tokenizer.get(key) for key in ("vocab_size", "characters")] for s in (dense, sparse)]
     if shapes[0] != shapes[1] or tokens[0] != tokens[1]:
         raise UserError(f"{dense.name} and {sparse.name} differ in shape or tokens: compare two of one model")
     models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
     given = (name, config.data, models["dense"].config, dense.tokenizer, 2 * config.examples, config.seed)
-    task = tasks.find(*given, config.data_dir, aligned=config.positions)
+    task = tasks.find(*given, config.data_dir, config.positions, dense.trained_on.get("dataset"))
     models = {name: model.to(device).requires_grad_(False) for name, model in models.items()}
     return models, dense.tokenizer, [half.to(device) for half in task.halves()]
 

@@ -2,8 +2,15 @@
 Tasks: pairs of prompts, clean and corrupted, that differ in what decides the answer and in nothing else.
 
 A dataset gives them as it is (`from_dataset`): a toy task's examples, or pieces of running text, whose task
-is the next token. The others are made here from templates, or from random tokens, for any model whose
-tokenizer has the words as single tokens, such as GPT-2:
+is the next token. Narrow tasks are pairs of one token's difference, made from a dataset's validation split:
+
+    carry         "57+68=1" -> "2", not "1" as after "57+61=1": does the ones' sum carry into the tens?
+    last_digit    "57+68=12" -> "5", not "4" as after "57+67=12": which digit, where the carry stays?
+    sentence      "... the man, " -> "h", not "H" as after "... the man. ": a capital after a full stop?
+    speaker       "... the man,\nT" -> "h", not "H" as after "... the man\n\nT": a name after a blank line?
+
+Others are made from templates, or from random tokens, for any model whose tokenizer has the words as single
+tokens, such as GPT-2:
 
     ioi           " Mary and John went to the shop, John gave a drink to" -> " Mary", not " John"
     greater_than  "The war lasted from the year 1743 to the year 17" -> any of 44 .. 99, not less
@@ -15,6 +22,8 @@ tokenizer has the words as single tokens, such as GPT-2:
 """
 
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,15 +55,18 @@ class Task(NamedTuple):
         return [Task(*(field[part] for field in self[:5]), self.aligned) for part in parts]
 
 
-def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False):
+def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False, dataset=None):
     """n examples of a task by its name, or all of a file, for a model of that GPTConfig whose tokenizer meta
-    describes. n=0: 4,000 of a toy task's dataset, 1,000 of running text, else 400. aligned: the prompts must
-    have one length. Raises UserError for a task that does not exist or does not fit."""
+    describes. n=0: 4,000 of a toy task's dataset, 1,000 of running text or of a narrow task, else 400.
+    aligned: the prompts must have one length; dataset: what a narrow task is made from, unless from its home.
+    Raises UserError for a task that does not exist or does not fit."""
     block_size, folder = model_config.block_size, Path(data_dir) / name
     if file:
         task = from_file(file, tokenizer_of(meta))
     elif name == "induction":
         task = induction(model_config.vocab_size - model_config.padding, block_size, n or 400, seed)
+    elif name in NARROW:
+        task = narrow(name, Dataset(dataset or home(name), block_size, data_dir), meta, n or 1000, seed)
     elif name in TEMPLATES:
         task = from_template(name, tokenizer_of(meta), n or 400, seed)
     elif name in MAKE_COMMANDS or (folder / "meta.json").is_file():
@@ -62,7 +74,7 @@ def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False
         data.check_tokenizer(meta, "the model")
         task = from_dataset(data, n or (4000 if data.is_task else 1000), seed)
     else:
-        known = ", ".join(["induction", *TEMPLATES])
+        known = ", ".join(["induction", *NARROW, *TEMPLATES])
         raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {folder} of it")
     T = task.clean.size(1)
     if T > block_size:
@@ -94,6 +106,69 @@ def from_dataset(data, n, seed, length=32):
         corrupted = torch.where((differ[0] > differ[1])[:, None], other, corrupted)
     positions = torch.arange(start - 1, length - 1).expand(len(clean), -1)
     return Task(clean[:, :-1], corrupted[:, :-1], positions, clean[:, start:], corrupted[:, start:])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Narrow tasks: pairs that differ in one token
+
+BEFORE = 28  # characters of a prompt before the pattern
+CHANGED_TOKEN = {  # roles of a toy task's tokens: the one that is changed, the one that is to be predicted
+    "carry": ("addition", "ones of b", "tens"),
+    "last_digit": ("addition", "ones of b", "ones"),
+}
+CHANGED_CHARACTER = {  # a pattern, (changed character) and (answer); what the first is changed into
+    "sentence": ("shakespeare_char", r"[a-z](,) ([a-z])", "."),
+    "speaker": ("shakespeare_char", r"[a-z](,)\n[A-Z]([a-z])", "\n"),
+}
+NARROW = CHANGED_TOKEN | CHANGED_CHARACTER  # the first entry is the dataset whose models know the task
+
+
+def home(name):
+    """The dataset that a task is made from where nothing else is said: of most tasks, their own name."""
+    return NARROW[name][0] if name in NARROW else name
+
+
+def narrow(name, data, meta, n, seed):
+    """n examples of a task of NARROW, drawn without replacement from a Dataset's validation split, or all
+    there are. Raises UserError where there are none."""
+    data.check_tokenizer(meta, "the model")
+    rng, (_, *how) = np.random.default_rng(seed), NARROW[name]
+    examples = (changed_token if name in CHANGED_TOKEN else changed_character)(data, rng, *how)
+    if not examples:
+        raise UserError(f"{data.name} has no prompts for the task {name}: give models of {home(name)}")
+    return stacked([examples[i] for i in rng.permutation(len(examples))[:n]])
+
+
+def changed_token(data, rng, changed, answer):
+    """Examples of a toy task, each with another that before the answer differs in one token, `changed`, and
+    whose answer is different. The ones of b change the tens only by the carry; the hundreds stay, as they
+    are in the prompt, and so does the carry where the tens are."""
+    roles = data.meta.get("roles", [])
+    if changed not in roles or answer not in roles:
+        return []
+    at, end = roles.index(changed), roles.index(answer)
+    rows = data.tokens["val"].reshape(-1, data.example_length)[:, : end + 1].tolist()
+    alike = defaultdict(list)
+    for row in rows:
+        alike[tuple(row[:at] + row[at + 1 : end])].append(row)
+    pairs = [[(a, b) for b in group if a[end] != b[end]] for group in alike.values() for a in group]
+    drawn = [others[rng.integers(len(others))] for others in pairs if others]
+    return [(a[:end], b[:end], a[end], b[end]) for a, b in drawn]
+
+
+def changed_character(data, rng, pattern, other):
+    """Pieces of running text, none overlapping another, that end in a pattern; its first group is replaced,
+    and after that the answer, a small letter, would be a capital."""
+    if data.meta["tokenizer"] != "char":
+        return []
+    tokenizer, examples = tokenizer_of(data.meta), []
+    for match in re.finditer(f"(?s).{{{BEFORE}}}{pattern}", tokenizer.decode(data.tokens["val"])):
+        at, end = match.start(1) - match.start(), match.start(2) - match.start()
+        clean, answer = match[0][:end], match[2]
+        texts = clean, clean[:at] + other + clean[at + 1 :], answer, answer.upper()
+        clean, corrupted, answer, wrong = (tokenizer.encode(text).tolist() for text in texts)
+        examples.append((clean, corrupted, answer[0], wrong[0]))
+    return examples
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -478,7 +478,7 @@ def test_positions_and_ones_own_examples(program, checkpoints, data_dir):
 WRONG = [
     (["sums", "--sparse={}/short.pt"], "short.pt differ in shape or tokens: compare two of one model"),
     (["sums", "--sparse={}/none.pt"], "there is no checkpoint"),
-    (["nothing"], "there is no task 'nothing': choose one of induction, ioi, greater_than, pronoun"),
+    (["nothing"], "there is no task 'nothing': choose one of induction, carry, last_digit, "),
     ([], "give one task, such as addition: 0 were given"),
     (["sums", "--ablation=noise"], "--ablation is 'noise': choose one of corrupted, mean, zero"),
     (["sums", "--bound=0"], "--bound is 0.0: give more than 0"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from data.dataset import Dataset
+from data.prepare import main as prepare
 from data.prepare import prepare_examples, prepare_text
 from data.tasks import NAMES, Task, from_dataset, from_file, from_template, find, induction
-from data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from data.tokenizer import ByteTokenizer, GPT2Tokenizer, tokenizer_of
 from model import GPTConfig
 from support.command_line import UserError
 
@@ -65,6 +66,46 @@ def test_running_texts_task_is_the_next_token(tmp_path):
     assert len(set(starts)) == 20 and all(start % 33 == 0 for start in starts), "no two overlap"
     config = GPTConfig(block_size=8, vocab_size=4)
     assert find("letters", "", config, data.meta, 5, 0, tmp_path).clean.shape == (5, 8)
+
+
+def changed_places(task):
+    """Where each pair of prompts differs, {place: number of pairs}; every pair in one token."""
+    differ = task.clean != task.corrupted
+    assert (differ.sum(dim=1) == 1).all() and task.aligned
+    return dict(zip(*(values.tolist() for values in differ.nonzero()[:, 1].unique(return_counts=True))))
+
+
+@pytest.mark.parametrize("name, length", [("carry", 7), ("last_digit", 8)])
+def test_another_ones_digit_flips_the_carry_or_leaves_it(tmp_path, name, length):
+    prepare(["addition", f"--data_dir={tmp_path}"])
+    data = Dataset("addition", 8, tmp_path)
+    task = find(name, "", GPTConfig(block_size=8, vocab_size=12), data.meta, 300, 1, tmp_path)
+    assert changed_places(task) == {4: 300} and task.clean.shape == (300, length)
+    assert len({tuple(prompt) for prompt in task.clean.tolist()}) == 300, "drawn without replacement"
+    for clean, corrupted, answer, wrong in texts(task, tokenizer_of(data.meta)):
+        (a, b), (c, d) = ([int(text[:2]), int(text[3:5])] for text in (clean, corrupted))
+        assert clean + answer == f"{a:02d}+{b:02d}={a + b:03d}"[: length + 1] and a == c
+        assert corrupted + wrong == f"{c:02d}+{d:02d}={c + d:03d}"[: length + 1] and answer != wrong
+        carries = [(a % 10 + ones % 10) // 10 for ones in (b, d)]
+        assert (carries[0] != carries[1]) == (name == "carry")
+
+
+SPEECH = "MARY:\nOh {0}d, he said to {0}m,\nThat no man {0}g. The end, {0}k, is.\n\n"
+PLAY = "".join(map(SPEECH.format, "aeiou" * 90))
+
+
+@pytest.mark.parametrize("name, ends", [("sentence", (", ", ". ")), ("speaker", (",\nT", "\n\nT"))])
+def test_one_character_decides_between_a_small_letter_and_a_capital(tmp_path, name, ends):
+    (tmp_path / "play.txt").write_text(PLAY + "".join(map(chr, range(65, 91))))
+    prepare_text([tmp_path / "play.txt"], tmp_path / "play", "char", 0.5)
+    data = Dataset("play", 64, tmp_path)
+    task = find(name, "", GPTConfig(block_size=64), data.meta, 0, 0, tmp_path, dataset="play")
+    assert list(changed_places(task)) == [29] and len(task.clean) > 50
+    tokenizer = tokenizer_of(data.meta)
+    text = tokenizer.decode(data.tokens["val"])
+    for clean, corrupted, answer, wrong in texts(task, tokenizer):
+        assert clean + answer in text and answer.upper() == wrong != answer
+        assert (clean[29:], corrupted[29:]) == ends
 
 
 def test_halves_share_no_example():
@@ -166,8 +207,9 @@ def test_a_bad_file_is_one_sentence(tmp_path, lines, sentence):
 
 
 REFUSED = [
-    ("adition", "", {}, "there is no task 'adition': choose one of induction, ioi, greater_than, pronoun"),
+    ("adition", "", {}, "there is no task 'adition': choose one of induction, carry, last_digit, "),
     ("addition", "", {}, "run `python data/prepare.py addition`"),
+    ("speaker", "", {}, "run `python data/prepare.py shakespeare`"),
     ("mine", "own.jsonl", {}, "--positions needs prompts of one length, and those of mine differ: leave it"),
     ("mine", "own.jsonl", {"block_size": 2}, "mine has prompts of 3 tokens, the model sees 2: give another"),
 ]
@@ -179,3 +221,10 @@ def test_a_task_that_does_not_fit_is_one_sentence(tmp_path, monkeypatch, name, f
     write(tmp_path / "own.jsonl", LINES)
     with pytest.raises(UserError, match=sentence):
         find(name, file, GPTConfig(**config), {"tokenizer": "byte"}, 0, 0, aligned=True)
+
+
+@pytest.mark.parametrize("name, home", [("carry", "addition"), ("speaker", "shakespeare_char")])
+def test_a_narrow_task_of_another_dataset_is_one_sentence(data_dir, name, home):
+    meta, config = Dataset("sums", 8, data_dir).meta, GPTConfig(block_size=8, vocab_size=12)
+    with pytest.raises(UserError, match=f"sums has no prompts for the task {name}: give models of {home}$"):
+        find(name, "", config, meta, 0, 0, data_dir, dataset="sums")
