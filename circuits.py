@@ -258,7 +258,7 @@ class Problem:
         for full, (logits, layers) in zip(self.full.split(CHUNK), self.logits(mask, known)):
             left -= kl_divergence(full, logits).sum().item()
             written.append(layers)
-            if left < 0:
+            if not left >= 0:  # nor if it is not a number
                 return False
         self.fitting = mask, written
         return True

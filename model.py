@@ -143,11 +143,6 @@ class AttentionRecord(NamedTuple):
     def edges(self):
         return self.gate > 0
 
-    def numpy(self):
-        """(weights = pattern * gate, edges) of the first sequence, NumPy arrays (L, H, T, T), for
-        pictures."""
-        return (self.pattern * self.gate)[:, 0].cpu().numpy(), self.edges[:, 0].cpu().numpy()
-
 
 @contextmanager
 def evaluating(model):

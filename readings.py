@@ -67,13 +67,17 @@ class ForcedGate:
         return getattr(self.gate, name)
 
 
+def check_gated(model):
+    if model.config.gate == "none":
+        raise UserError("a dense model has no gates to read or force: give a sparse one, such as sparse.pt")
+
+
 @contextmanager
 def forced(model, forces):
     """Within it, edges are held open or closed in evaluation. forces: {Edge: True for open}. Raises
     UserError for a model without gates and for an edge that it does not have."""
+    check_gated(model)
     config = model.config
-    if config.gate == "none":
-        raise UserError("a dense model has no gates to read or force: give a sparse one, such as sparse.pt")
     for edge in forces:
         if edge.layer >= config.n_layer or edge.head >= config.n_head:
             counts = f"the model has {config.n_layer} layers of {config.n_head}"
@@ -151,8 +155,7 @@ class Card:
 def read_heads(model, data):
     """Cards of all heads that have an open edge on the validation split of `data`, a Dataset, thinned out to
     MOST_PAIRS. Raises UserError for a model without gates."""
-    with forced(model, {}):
-        pass  # it raises
+    check_gated(model)
     idx, targets = sequences(model, data)
     edges, tokens = open_edges(model, idx), idx.cpu().numpy()
     known = symbols_of(data, idx) if data.is_task else token_groups(data, tokens)  # the same for all heads
@@ -306,18 +309,18 @@ def head_name(idx, found, roles=()):
     the positions of a toy task."""
     n, query, key = found
     distances, keys = np.bincount(query - key) / len(n), np.bincount(key) / len(n)
-    nearest, favourites = distances.argsort()[::-1], keys.argsort()[::-1]
+    nearest = distances.argmax()
     after_same = (key > 0) & (idx[n, np.maximum(key - 1, 0)] == idx[n, query])
     names = [
-        (distance_words(nearest[0]), distances[nearest[0]]),
+        (distance_words(nearest), distances[nearest]),
         ("the first token", keys[0]),
         ("the same token", (idx[n, key] == idx[n, query]).mean()),
         ("what followed the same token (induction)", after_same.mean()),
     ]
+    shares, word = (keys, lambda position: roles[position]) if roles else (distances, distance_words)
     for most in (1, 2, 3):
-        best = sorted(favourites[:most] if roles else nearest[:most])
-        words = [roles[p] for p in best] if roles else [distance_words(d) for d in best]
-        names.append((" and ".join(words), keys[best].sum() if roles else distances[best].sum()))
+        best = sorted(shares.argsort()[::-1][:most])
+        names.append((" and ".join(map(word, best)), shares[best].sum()))
     return next((f"reads {words}" for words, share in names if share >= COVERS), "")
 
 

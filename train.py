@@ -116,8 +116,8 @@ RECIPES = {
         pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
     "shakespeare_char": TrainConfig(
-        loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=3000,
-        sparsify_steps=4000, sparsify_learning_rate=1e-3, control=False,
+        loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=4500,
+        sparsify_steps=5000, sparsify_learning_rate=1e-3, control=False,
     ),  # fmt: skip
     "novels_char": TrainConfig(
         dataset="novels_char", loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0,
@@ -140,14 +140,14 @@ RECIPES = {
 
 
 def training_step(
-    model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext, stop=()
+    model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext
 ):
     """One step of post-training on all weights and gates; with bound=None, of plain training.
 
     batches: this rank's micro-steps, (x, y) each; bound: LossBound on held_out_loss, nats, of which this rank
-    gives its part (HeldOut.loss); stop: not empty if this rank wants to stop. Returns the mean loss over
-    micro-steps and ranks, the last micro-step's AttentionStats, and whether any rank wants to stop. Raises
-    UserError, on all ranks and before anything is changed, if a loss or the gradient is not finite."""
+    gives its part (HeldOut.loss). Returns the mean loss over micro-steps and ranks, and the last micro-step's
+    AttentionStats. Raises UserError, on all ranks and before anything is changed, if a loss or the gradient
+    is not finite."""
     total = 0.0
     for number, (x, y) in enumerate(batches, start=1):
         with ranks.last_only(model, number == len(batches)):
@@ -158,15 +158,17 @@ def training_step(
             (objective / len(batches)).backward()
         total = total + loss.detach() / len(batches)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    total, held_out_loss, norm, stop = ranks.mean(total, held_out_loss, norm, len(stop))  # one reduction
+    total, held_out_loss, norm = ranks.mean(total, held_out_loss, norm)
     if not math.isfinite(total + held_out_loss + norm):
         wrong = f"the loss is {total}, held out {held_out_loss}, the norm of the gradient {norm}"
-        raise UserError(f"{wrong}: start again with a smaller --learning_rate")
+        raise UserError(f"{wrong}: start again with a smaller --learning_rate or --sparsify_learning_rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
+        # the model descends on the loss with sampled gates; the bound is on what is reported: deterministic
+        # gates, held-out data
         bound.update(held_out_loss)  # the multiplier rises under violation, falls under slack
-    return total, stats, stop > 0
+    return total, stats
 
 
 def allowance_at(step, steps, config):
@@ -223,11 +225,11 @@ def fit(run, phase, model, steps, weight_decay=0.0, bound=None, held_out=None):
         if bound is not None:
             bound.allowance = allowance_at(step, steps, config)
             held_out_loss = held_out.loss(model, step)
-        loss, stats, stop = training_step(
-            forward, optimizer, batches, bound, config.grad_clip, held_out_loss, run.autocast, run.stop
+        loss, stats = training_step(
+            forward, optimizer, batches, bound, config.grad_clip, held_out_loss, run.autocast
         )
-        run.after_step(step + 1, loss, stats, lr, stop)  # logs, evaluates, saves, and stops if that is wanted
-    trained = {**run.end(), "dataset": run.data.name, "code": code_of("model.py")}
+        run.after_step(step + 1, loss, stats, lr)  # logs, evaluates, saves, and stops if that is wanted
+    trained = {**run.end(), "dataset": run.data.name, "seed": config.seed, "code": code_of("model.py")}
     if bound is not None:
         trained["training_bound"] = held_out.dense.mean().item() + config.loss_tolerance
         trained["training_loss"] = held_out.losses(model, held_out.starts).mean().item()
@@ -252,16 +254,20 @@ def dense_phase(run, initial):
             result = evaluate(model, run.data, config.batch_size, config.eval_iters)
             print(result_line(f"dense: {initial.name}, validation:", result), flush=True)
         return model, initial.trained_on
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
+    model_config = GPTConfig(config.block_size, run.data.meta["vocab_size"], **shape)
     if path.is_file() and not run.saved:
         found = open_pretrained(path)
-        if (found.tokenizer, found.trained_on.get("code")) != (run.data.meta, code_of("model.py")):
-            raise UserError(f"{path} is of other data or another model.py: delete it or give an --out_dir")
+        wanted = {"steps": config.pretrain_steps, "seed": config.seed, "code": code_of("model.py")}
+        is_same = found.tokenizer == run.data.meta and GPTConfig(**found.model_config) == model_config
+        if not is_same or any(found.trained_on.get(key) != value for key, value in wanted.items()):
+            other = f"{path} is of other data, another model, steps or seed, or another model.py"
+            raise UserError(f"{other}: delete it or give another --out_dir")
         print(f"dense: {path} is there: reused (delete it to train it again)")
-        return load(path, run)
+        return load(found, run)
     torch.manual_seed(config.seed)
-    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "dropout", "bias")}
-    model = GPT(GPTConfig(config.block_size, run.data.meta["vocab_size"], **shape))
-    return fit(run, "dense", model.to(run.device), config.pretrain_steps, config.weight_decay)
+    model = GPT(model_config).to(run.device)
+    return fit(run, "dense", model, config.pretrain_steps, config.weight_decay)
 
 
 def sparse_phase(run, dense):
@@ -291,9 +297,9 @@ def loss_bound(held_out, config):
     return LossBound(aim, config.multiplier_scale, config.multiplier_rate, largest=config.multiplier_max)
 
 
-def load(path, run):
-    """The model that a phase wrote, and how it was trained."""
-    found = open_pretrained(path)
+def load(source, run):
+    """The model that a phase wrote, at a path or opened, and how it was trained."""
+    found = open_pretrained(source)
     return GPT.from_pretrained(found).to(run.device), found.trained_on
 
 
@@ -317,6 +323,7 @@ def train(config):
             data.check_tokenizer(initial.tokenizer, config.init_from)
         if not saved:
             check_folder(config)
+            ranks.wait()  # before the first one changes the folder
         run = Run(config, data, device, make_folder(config.out_dir), saved, stop)
         print(f"writing to {run.folder}", flush=True)
         models, phases = {}, {}

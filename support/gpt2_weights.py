@@ -32,7 +32,6 @@ EXPECTED = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True, False),
 }
 SIZES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}  # theirs: ours
 SIZES["n_positions"] = "block_size"

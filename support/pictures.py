@@ -59,8 +59,12 @@ def records_of(models, tokenizer, idx):
     every model {name: [(weight, edges) of every text]}, arrays (L, H, T, T): the attention weight (pattern
     times gate), and whether an edge is open."""
     texts = [[tokenizer.decode([token]) for token in row] for row in idx.tolist()]
-    record = lambda model: [model.attention(row[None]).numpy() for row in idx]
-    return texts, {name: record(model) for name, model in models.items()}
+
+    def of(model):
+        record = model.attention(idx)
+        return list(zip(*(t.transpose(0, 1).cpu().numpy() for t in (record.pattern * record.gate, record.edges))))
+
+    return texts, {name: of(model) for name, model in models.items()}
 
 
 def attention_figure(texts, records):

@@ -102,8 +102,8 @@ def last_only(model, is_last):
 
 
 def mean(*numbers):
-    """The means over the ranks, the same on each, as floats. numbers: scalar tensors, the first of all, and
-    plain numbers. One transfer from the device, one exchange."""
+    """The means over the ranks, the same on each, as floats. The first number is a scalar tensor, the others
+    are that or plain numbers. One transfer from the device, one exchange."""
     alike = dict(dtype=numbers[0].dtype, device=numbers[0].device)
     values = torch.stack([torch.as_tensor(n, **alike) for n in numbers]).cpu().double()
     return torch.stack(gathered(values)).mean(dim=0).tolist()

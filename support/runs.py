@@ -91,9 +91,11 @@ class Run:
             print(f"{phase}: resumed after step {self.step} of {steps}")
         return self.step
 
-    def after_step(self, step, loss, stats, learning_rate, stop):
-        """Log, evaluate and save where it is time to. Raises KeyboardInterrupt to stop, when all is saved."""
+    def after_step(self, step, loss, stats, learning_rate):
+        """Log, evaluate and save where it is time to. Raises KeyboardInterrupt, on all ranks after the same
+        step and when all is saved, if one of them is to stop."""
         self.step = step
+        stop = ranks.mean(torch.tensor(float(len(self.stop))))[0] > 0
         self.recent.append(loss)
         if step % self.config.log_interval == 0 or step == self.steps:
             seconds = time.time() - self.started

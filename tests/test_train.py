@@ -71,9 +71,8 @@ def test_accumulated_micro_steps_are_one_large_batch(data_dir):
     for batches in ([(x, y)], [(x[:16], y[:16]), (x[16:], y[16:])]):
         torch.manual_seed(0)
         model = tiny()
-        loss, _, stop = training_step(model, torch.optim.SGD(model.parameters(), lr=1.0), batches, None, 1e9)
+        loss, _ = training_step(model, torch.optim.SGD(model.parameters(), lr=1.0), batches, None, 1e9)
         states.append((loss, model.state_dict()))
-        assert not stop
     assert states[0][0] == pytest.approx(states[1][0], rel=1e-6)
     assert all(torch.allclose(states[0][1][name], p, atol=1e-6) for name, p in states[1][1].items())
 
@@ -84,7 +83,7 @@ def test_the_multiplier_follows_the_held_out_loss_and_the_step_reports_the_mean(
     model, bound = tiny("bernoulli", gate_bias=50.0), LossBound(1.0)
     losses = [model(*batch)[1].item() for batch in batches]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss, _, _ = training_step(model, optimizer, batches, bound, 1.0, torch.tensor(0.7))
+    loss, _ = training_step(model, optimizer, batches, bound, 1.0, torch.tensor(0.7))
     assert bound.average == pytest.approx(0.7) and loss == pytest.approx(sum(losses) / 3)
     with pytest.raises(UserError, match="held out nan"):
         training_step(model, optimizer, batches, bound, 1.0, torch.tensor(float("nan")))
@@ -386,22 +385,27 @@ def test_a_second_run_reuses_the_dense_model_alone(small, tmp_path, monkeypatch,
     assert steps == [("sparse", n) for n in (3, 6, 9, 12)], "lines of the older run are still there"
 
 
-@pytest.mark.parametrize("what", ["settings", "model.py", "data"])
+@pytest.mark.parametrize("what", ["settings", "dense.pt alone", "model.py", "data"])
 def test_a_folder_of_another_run_is_refused_and_loses_nothing(small, tmp_path, monkeypatch, what):
     train(small)
+    if what == "dense.pt alone":
+        for name in ("summary.json", "last.pt"):
+            (tmp_path / "run" / name).unlink()
+        small = replace(small, seed=4)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
-    sentence = "dense.pt is of other data or another model.py: delete it"
+    sentence = "dense.pt is of other data, another model, steps or seed, or another model.py: delete it"
     if what == "settings":
         small = replace(small, seed=4, batch_size=8)
         sentence = r"other settings \(batch_size was 16, now 8; seed was 3, now 4\): give another --out_dir"
     elif what == "model.py":
         monkeypatch.setattr(train_module, "code_of", lambda *files: "edited")
-    else:
+    elif what == "data":
         monkeypatch.setattr(train_module, "Dataset", lambda *args: with_other_meta(Dataset(*args)))
     with pytest.raises(UserError, match=sentence):
         train(small)
-    for name in ("dense.pt", "sparse.pt", "last.pt"):
-        assert before[name] == (tmp_path / "run" / name).read_bytes()
+    for path in (tmp_path / "run").glob("*.pt"):
+        assert path.read_bytes() == before.pop(path.name)
+    assert not any(name.endswith(".pt") for name in before)
 
 
 def with_other_meta(data):
