@@ -174,8 +174,7 @@ MEASUREMENTS = {"attention": attention, "step": steps, "circuits": circuits}
 
 def measure(rows, config):
     """rows: {name: function without arguments}. Returns {name: figures or, in words, why there are none}:
-    median, low and high quartile in milliseconds, and peak memory in MB (None where PyTorch does not count
-    it)."""
+    median, low and high quartile in milliseconds, and peak memory in MB (None where it is not counted)."""
     synchronise = int if config.device == "cpu" else torch.accelerator.synchronize  # int() does nothing
     results, times = {}, {name: [] for name in rows}
     for name, run in rows.items():

@@ -70,8 +70,7 @@ def bias_share(attn):
 
 
 def all_writers(model, idx):
-    """The full model: what every writer adds to the residual stream, (B, W, T, C). The logits read their
-    sum."""
+    """What every writer of the full model adds to the residual stream, (B, W, T, C)."""
     x = model.embed(idx)
     outputs = [x[:, None]]
     for block in model.h:
@@ -85,8 +84,7 @@ def all_writers(model, idx):
 
 def ablated_writers(model, corrupted, ablation):
     """What closed edges deliver, (N or 1, W, T, C). corrupted: every writer on the corrupted prompts (N, T);
-    mean: its mean over the prompts, at each position; zero: nothing, but a head still writes its share of
-    the bias."""
+    mean: its mean over the prompts, at each position; zero: nothing but a head's share of the bias."""
     if ablation not in ABLATIONS:
         raise UserError(f"the ablation is {ablation!r}: choose one of {', '.join(ABLATIONS)}")
     if ablation == "corrupted":
@@ -225,8 +223,7 @@ class Problem:
         self.full = torch.cat(full)  # (N, K, V)
         if not self.full.isfinite().all():
             raise UserError("the model's logits are not finite: give one that was trained without a NaN")
-        # a head whose attention edges are never open moves nothing between positions; any other may,
-        # everywhere
+        # a head whose attention edges are never open moves nothing between positions; any other may
         both = torch.cat([clean, corrupted]).split(CHUNK)
         alive = sum(model.attention(idx).edges.sum(dim=(1, 3, 4)) for idx in both) > 0  # (L, H)
         P = clean.size(1) if by_position else 1
@@ -437,7 +434,8 @@ def open_task(config):
         raise UserError(f"{dense.name} and {sparse.name} differ in shape or tokens: compare two of one model")
     models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
     given = (name, config.data, models["dense"].config, dense.tokenizer, 2 * config.examples, config.seed)
-    task = tasks.find(*given, config.data_dir, config.positions, dense.trained_on.get("dataset"))
+    aligned = config.positions or config.ablation == "mean"
+    task = tasks.find(*given, config.data_dir, aligned, dense.trained_on.get("dataset"))
     models = {name: model.to(device).requires_grad_(False) for name, model in models.items()}
     return models, dense.tokenizer, [half.to(device) for half in task.halves()]
 

@@ -27,8 +27,8 @@ class HardConcrete:
     """A noisy sigmoid, stretched to (gamma, zeta) and clipped to [0, 1]: exact zeros and ones, each with
     positive probability, and a gradient in between. (Louizos, Welling, Kingma 2018, arXiv 1712.01312)
 
-    Methods work elementwise on log_alpha, of any shape. cutoff is ours: in evaluation, gates up to it
-    close."""
+    Methods work elementwise on log_alpha, of any shape. cutoff is ours: in evaluation, gates up to it close;
+    `GATES` takes 0.5."""
 
     def __init__(self, beta=2 / 3, gamma=-0.1, zeta=1.1, cutoff=0.0):
         self.beta, self.gamma, self.zeta, self.cutoff = beta, gamma, zeta, cutoff
@@ -42,8 +42,7 @@ class HardConcrete:
         return self.stretch(torch.sigmoid((torch.logit(u) + log_alpha) / self.beta))
 
     def deterministic(self, log_alpha):
-        """The gate in evaluation: no noise and no temperature, and zero up to the cutoff. Above zero it is
-        open."""
+        """The gate in evaluation: no noise, no temperature, and zero up to the cutoff; open above zero."""
         return F.threshold(self.stretch(torch.sigmoid(log_alpha)), self.cutoff, 0.0)
 
     def open_probability(self, log_alpha):
@@ -71,8 +70,7 @@ class Bernoulli:
         return torch.sigmoid(log_alpha)
 
 
-# What --gate chooses from; add your own. With a cutoff of 1/2, both are open in evaluation where log_alpha >
-# 0.
+# What --gate chooses from; add your own. With a cutoff of 1/2 both are open where log_alpha > 0.
 GATES = {"hard_concrete": partial(HardConcrete, cutoff=0.5), "bernoulli": Bernoulli}
 
 

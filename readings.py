@@ -340,8 +340,7 @@ CLASSES = {  # of tokens, by their text
 
 
 def read_text_head(card, data, idx, groups, found):
-    """Fill in a card. idx: (N, T); groups: token_groups; found: (3, n) sequence, query, key of every open
-    edge."""
+    """Fill in a card. idx: (N, T); groups: token_groups; found: (3, n) sequence, query, key of open edges."""
     n, query, key = found
     card.name = head_name(idx, found)
     distances = np.bincount(query - key) / len(n)

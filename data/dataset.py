@@ -47,8 +47,8 @@ class Dataset:
         self.hold_out()
 
     def hold_out(self):
-        """Split "held_out": a twentieth of a training text, in pieces of about 16 sequences spread over all of
-        it, which "train" then lacks. Of a toy task, and of a text of a sequence or two, it is all of "train"."""
+        """Split "held_out": a twentieth of a training text, in pieces of about 16 sequences, evenly spread,
+        which "train" then lacks. Of a toy task, and of a very short text, it is all of "train"."""
         n_tokens = len(self.tokens["train"])
         n_held_out = min(n_tokens // 20, EVALUATED // 4)
         n_pieces = max(1, n_held_out // (16 * self.block_size + 1))
@@ -87,7 +87,7 @@ class Dataset:
             yield self.cut(split, chunk)
 
     def starts(self, split, most=None):
-        """Where the sequences of `sequential` start: (N,) int64. most: tokens to take, instead of EVALUATED."""
+        """Where the sequences of `sequential` start: (N,) int64. most: tokens to take, else EVALUATED."""
         pieces, length = self.pieces[split]
         n = (length - self.sequence_tokens - 1) // self.stride + 1  # in a piece
         n_taken = min(len(pieces) * n, max(1, (most or EVALUATED) // self.stride))

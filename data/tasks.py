@@ -80,7 +80,8 @@ def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False
     if T > block_size:
         raise UserError(f"{name} has prompts of {T} tokens, the model sees {block_size}: give another model")
     if aligned and not task.aligned:
-        raise UserError(f"--positions needs prompts of one length, and those of {name} differ: leave it out")
+        wants = "--positions and --ablation=mean need prompts of one length"
+        raise UserError(f"{wants}, and those of {name} differ: leave them out")
     return task
 
 

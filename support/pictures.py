@@ -61,8 +61,8 @@ def records_of(models, tokenizer, idx):
     texts = [[tokenizer.decode([token]) for token in row] for row in idx.tolist()]
 
     def of(model):
-        record = model.attention(idx)
-        return list(zip(*(t.transpose(0, 1).cpu().numpy() for t in (record.pattern * record.gate, record.edges))))
+        r = model.attention(idx)
+        return list(zip(*(t.transpose(0, 1).cpu().numpy() for t in (r.pattern * r.gate, r.edges))))
 
     return texts, {name: of(model) for name, model in models.items()}
 

@@ -210,7 +210,7 @@ REFUSED = [
     ("adition", "", {}, "there is no task 'adition': choose one of induction, carry, last_digit, "),
     ("addition", "", {}, "run `python data/prepare.py addition`"),
     ("speaker", "", {}, "run `python data/prepare.py shakespeare`"),
-    ("mine", "own.jsonl", {}, "--positions needs prompts of one length, and those of mine differ: leave it"),
+    ("mine", "own.jsonl", {}, "need prompts of one length, and those of mine differ: leave them out"),
     ("mine", "own.jsonl", {"block_size": 2}, "mine has prompts of 3 tokens, the model sees 2: give another"),
 ]
 
