@@ -10,7 +10,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 OUT = out/addition
-NOVELS = $(wildcard out/seeds/novels_char_*_seed_100)
+NOVELS = $(firstword $(wildcard out/seeds/novels_char_*_seed_100))
 
 .PHONY: demo test test-all gpu figures clean .venv
 
