@@ -2,7 +2,7 @@
 # make test      run the tests
 # make test-all  those that take minutes, too
 # make gpu       on a machine with a GPU: all that needs one, in nine minutes (TEXT=FILE: of the character model)
-# make figures   draw every picture of docs/ again, after training what they show (half an hour, two cores)
+# make figures   draw every picture of docs/ again, after training what they show
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
 
@@ -41,9 +41,9 @@ figures: demo out/recall/summary.json
 	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
 	cp out/lesson_*.png docs
 
-out/recall/summary.json: .venv/installed
-	$(PY) data/prepare.py recall
-	$(PY) train.py recall
+out/recall/summary.json: | .venv/installed
+	[ -f data/recall/meta.json ] || $(PY) data/prepare.py recall
+	$(PY) train.py recall $$([ -f out/recall/last.pt ] && echo --resume)
 
 .venv: .venv/installed
 

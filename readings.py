@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.dataset import EVALUATED
 from data.tokenizer import tokenizer_of
 from model import evaluating
 from support.command_line import UserError
@@ -182,7 +181,7 @@ def sequences(model, data):
     """(idx, targets), both (N, T): the validation split, evenly thinned out to MOST_PAIRS."""
     config = model.config
     n = max(1, MOST_PAIRS // (config.n_layer * config.n_head * data.sequence_tokens**2))
-    return data.cut("val", data.starts("val", min(n * data.stride, EVALUATED)))
+    return data.cut("val", data.starts("val", n * data.stride))
 
 
 def batches(model, *tensors):

@@ -139,9 +139,7 @@ RECIPES = {
 # The step
 
 
-def training_step(
-    model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext
-):
+def training_step(model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext):
     """One step of post-training on all weights and gates; with bound=None, of plain training.
 
     batches: this rank's micro-steps, (x, y) each; bound: LossBound on held_out_loss, nats, of which this rank

@@ -86,17 +86,18 @@ class Dataset:
         for chunk in self.starts(split).split(batch_size)[:n_batches]:
             yield self.cut(split, chunk)
 
-    def starts(self, split, most=None):
-        """Where the sequences of `sequential` start: (N,) int64. most: tokens to take, else EVALUATED."""
+    def starts(self, split, most=EVALUATED):
+        """Where the sequences of `sequential` start, or of at most so many tokens of them: (N,) int64."""
         pieces, length = self.pieces[split]
         n = (length - self.sequence_tokens - 1) // self.stride + 1  # in a piece
-        n_taken = min(len(pieces) * n, max(1, (most or EVALUATED) // self.stride))
+        n_taken = min(len(pieces) * n, max(1, min(most, EVALUATED) // self.stride))
         taken = torch.arange(n_taken) * (len(pieces) * n) // n_taken
         return pieces[taken // n] + taken % n * self.stride
 
     def part(self, split):
         """What `sequential` takes of a split, in words; "" if it is all."""
-        taken, n_tokens = len(self.starts(split)) * self.stride, len(self.tokens[split])
+        pieces, length = self.pieces[split]
+        taken, n_tokens = len(self.starts(split)) * self.stride, len(pieces) * length
         is_all = n_tokens - taken <= self.stride
         return "" if is_all else f"{taken:,} of the {n_tokens:,} tokens of {split}.bin, evenly spread"
 
