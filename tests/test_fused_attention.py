@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch._inductor.config
 from torch.utils.checkpoint import checkpoint
 
 import gates
@@ -28,12 +29,6 @@ GATE = {name: gate() for name, gate in GATES.items()}
 BOTH = pytest.mark.parametrize("gate", GATE.values(), ids=GATE.keys())
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 WIDE = HardConcrete(0.5, -0.4, 1.3, cutoff=0.2)
-
-
-@pytest.fixture(autouse=True)
-def fixed_blocks(monkeypatch):
-    """On a GPU, every new shape would otherwise be tuned first."""
-    monkeypatch.setattr(fused, "BLOCKS", (32, 32))
 
 
 def randn(*shape):
@@ -183,16 +178,14 @@ def test_noise_is_independent_between_positions_and_seeds():
 @pytest.mark.parametrize("blocks", [pytest.param((16, 32), marks=pytest.mark.slow), (32, 16), (64, 64)])
 def test_blocks_change_nothing_not_the_noise_either(blocks, monkeypatch):
     """Bernoulli gates: one other draw would change a whole edge."""
-    monkeypatch.setattr(fused, "BLOCKS", blocks)
+    monkeypatch.setattr(fused, "BLOCKS", {4: blocks})
     check(inputs_of(T=50), GATE["bernoulli"], True)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="block sizes are tuned on a GPU")
-@pytest.mark.parametrize("dtype, H, T", [(torch.float32, 1, 150), (torch.bfloat16, 12, 1024)])
-def test_tuned_blocks_change_nothing_either(dtype, H, T, monkeypatch):
-    """The second as GPT-2 has it."""
-    monkeypatch.setattr(fused, "BLOCKS", None)
-    check(inputs_of(H=H, T=T, D=64, dtype=dtype), GATE["hard_concrete"], True)
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter minutes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_shape_of_gpt2(dtype):
+    check(inputs_of(H=12, T=1024, D=64, dtype=dtype), GATE["hard_concrete"], True)
 
 
 def test_seeds_come_from_torchs_generator_anew_for_every_call():
@@ -266,6 +259,7 @@ def with_attention(model, attend=fused.gated_attention):
     return model
 
 
+@torch._inductor.config.patch(fallback_random=True)  # else on CUDA a generator of its own, with checkpointing
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_model_without_a_graph_break(checkpointing):
     model, idx = with_attention(small_model().train()), torch.randint(11, (1, 16), device=DEVICE)
@@ -275,7 +269,7 @@ def test_a_compiled_model_without_a_graph_break(checkpointing):
         torch.manual_seed(0)
         _, loss, stats = forward(idx, idx, return_stats=True)
         results.append([loss, *torch.autograd.grad(loss + stats.penalty.mean(), model.parameters())])
-    assert all(map(torch.allclose, *results))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))
 
 
 @pytest.mark.slow
