@@ -1,7 +1,7 @@
 # make demo      train the addition model, make it sparse, find the circuits of both, draw pictures
 # make test      run the tests
 # make test-all  those that take minutes, too
-# make gpu       on a machine with a GPU: all that needs one, in nine minutes (TEXT=FILE: of the character model)
+# make gpu       what needs a GPU: the kernels' tests, bench.py, the two GPU recipes for 300 steps (TEXT=FILE to train on)
 # make figures   draw every picture of docs/ again, after training what they show
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
@@ -10,6 +10,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 OUT = out/addition
+SHORT = --dataset=gpu --pretrain_steps=300 --sparsify_steps=300 --no-control
 NOVELS = $(firstword $(wildcard out/seeds/novels_char_*_seed_100))
 
 .PHONY: demo test test-all gpu figures clean .venv
@@ -28,7 +29,12 @@ test-all: .venv/triton
 	$(PY) -m pytest -m ""
 
 gpu: .venv/triton
-	$(PY) experiments/gpu.py $(if $(TEXT),--text="$(TEXT)")
+	-$(PY) -m pytest tests/test_fused_attention.py -m ""
+	-$(PY) bench.py all --length=1024
+	[ -f data/gpu/meta.json ] || $(PY) data/prepare.py text $(or $(TEXT),*.py docs/*.md) --name=gpu --tokenizer=char
+	-$(PY) train.py shakespeare_char_gpu $(SHORT) --out_dir=out/gpu_char
+	-$(PY) train.py gpt2 $(SHORT) --out_dir=out/gpu_gpt2 --init_from=scratch --n_layer=12 --n_head=12 --n_embd=768 \
+		--gradient_accumulation_steps=2
 
 figures: demo out/recall/summary.json
 	$(PY) circuits.py addition --positions
