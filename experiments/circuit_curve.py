@@ -6,31 +6,37 @@ How many edges a circuit takes, by three rankings: edge pruning, attribution pat
 All rankings are treated alike, and cut on the examples that were not searched: the shortest prefix whose KL
 is at most the bound, and, as the paper has it, the shortest one that explains 90 % of the effect (a
 faithfulness of 0.9). There, edges are counted from component to component: a head's query, key and value are
-one. *Swept* is the prefix that keeps the bound on the examples searched, less what it can do without.
+one. *Swept* is the prefix that keeps the bound on the examples searched, less what it can do without. Of its
+heads, the attention edges per prompt: those that are open, and how many of the largest are enough.
 """
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
 
 import torch
 
 import circuits
-from circuits import CircuitConfig, Problem, circuit_output, logit_difference, read_out
+from circuits import CircuitConfig, Problem, circuit_output, kl_divergence, logit_difference, read_out
+from gates import attention_pattern, causal_scores
 from model import evaluating
 from support import command_line, pictures
 from support.command_line import UserError
 from support.files import make_folder, write_json
+from support.graph import reading
 from support.report import side_by_side
 
 EXPLAINED = 0.9
 WAYS = ("edge pruning", "attribution", "random")
-FIGURES = {  # of a way: what it is
-    "edges": "edges at the bound",
-    "swept": "edges, swept",
-    "explained": "edges for 90 %",
-    "heads": "heads for 90 %",
+FIGURES = {  # of a way: what it is, its format
+    "edges": ("edges at the bound", ",d"),
+    "swept": ("edges, swept", ",d"),
+    "open": ("attention edges, open", ",.1f"),
+    "needed": ("attention edges, enough", ",.1f"),
+    "explained": ("edges for 90 %", ",d"),
+    "heads": ("heads for 90 %", ",d"),
 }
 
 
@@ -64,6 +70,60 @@ def components(problem, mask):
     return edges, {node for edge in edges for node in edge if ".h" in node}
 
 
+def attention_edges(circuit, task, bound):
+    """(open, enough): attention edges (layer, head, query, key) of the circuit's heads, means per prompt.
+
+    Edges are ranked over all prompts by what closing each changes in the answer's logit (less the mean of all
+    logits), to first order. As few of the first are enough as change the circuit's predictions by a KL of at
+    most bound nats with the others set to zero. So a dense model's edges count like a sparse one's."""
+    model, T = circuit.model, task.clean.size(1)
+    problem = Problem(model, *task[:3], circuit.ablation)
+    mask = circuit.mask(T).to(problem.ablated)
+    layer_of = {block.attn: layer for layer, block in enumerate(model.h)}
+    parts = [slice(i, i + circuits.CHUNK) for i in range(0, len(task.clean), circuits.CHUNK)]
+
+    def logits(part, factor):
+        """The circuit's, (B, K, V), with a factor (L, B, H, T, T) on its attention weights."""
+
+        def head_outputs(attn, q, k, v):
+            weights = causal_scores(q, k).softmax(dim=-1)
+            if attn.gate is not None:
+                weights = weights * attn.gate.deterministic(attention_pattern(q, k, attn.gate_bias)[1])
+            y = (weights * factor[layer_of[attn]]) @ v
+            out = torch.einsum("bhtd,chd->bhtc", y, attn.c_proj.weight.unflatten(1, (attn.n_head, -1)))
+            return out + circuits.bias_share(attn)
+
+        clean = task.clean[part]
+        with mock.patch.object(circuits, "head_outputs", head_outputs):
+            x, _ = circuit_output(model, clean, mask.expand(len(clean), -1, -1, -1), problem.ablated[part])
+        return read_out(model, x, problem.positions[part])
+
+    is_open = [reading(circuit, task.clean[part])[1] for part in parts]
+    whole, effects = [], []
+    for part, edges in zip(parts, is_open):
+        edges[:, :, :, int(task.positions.max()) + 1 :] = False
+        with torch.enable_grad():
+            factor = edges.float().requires_grad_()
+            whole.append(logits(part, factor))
+            answers = whole[-1].gather(2, task.answers[part][:, :, None])[..., 0] - whole[-1].mean(dim=2)
+            effects.append(torch.autograd.grad(answers.sum(), factor)[0].abs())
+    levels = torch.cat([e[o] for e, o in zip(effects, is_open)]).sort().values
+
+    def fits(smallest):
+        kl = [
+            kl_divergence(full, logits(part, (o & (e >= smallest)).float()))
+            for part, full, e, o in zip(parts, whole, effects, is_open)
+        ]
+        return torch.cat(kl).mean() <= bound
+
+    low, high = 0, len(levels)  # levels[low] may be the smallest, levels[high] not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(levels[middle]) else (low, middle)
+    enough = (levels >= levels[low]).sum().item() if len(levels) else 0
+    return len(levels) / len(task.clean), enough / len(task.clean)
+
+
 def curve(model, searched, scored, config):
     """{way: {figure: number}}, and {way: [(edges, faithfulness on the scored examples), ...]}."""
     problem, other = (Problem(model, *t[:3], config.ablation, config.positions) for t in (searched, scored))
@@ -84,7 +144,9 @@ def curve(model, searched, scored, config):
             "heads": len(components(other, explained)[1]),
         }
         if config.sweep:
-            found[way]["swept"] = int(problem.swept(cut, ranking, config.bound).sum())
+            swept = problem.circuit(other.graph.effective(problem.swept(cut, ranking, config.bound), other.links))
+            found[way]["swept"] = len(swept.edges)
+            found[way]["open"], found[way]["needed"] = attention_edges(swept, scored, config.bound)
         sizes = torch.logspace(0, 1, 12, base=int(other.candidates.sum())).long().tolist()
         masks = [other.short_prefix(ranking, lambda mask: int(mask.sum()) >= size) for size in sizes]
         points[way] = [(int(mask.sum()), faithfulness(mask)) for mask in masks]
@@ -99,10 +161,10 @@ def main(argv):
     for name, model in models.items():
         with evaluating(model):
             found[name], points[name] = curve(model, searched, scored, config)
-    rows = {(way, key): (f"{way}: {words}", ",d") for way in WAYS for key, words in FIGURES.items()}
+    rows = {(way, key): (f"{way}: {words}", form) for way in WAYS for key, (words, form) in FIGURES.items()}
     flat = lambda ways: {(way, key): n for way, figures in ways.items() for key, n in figures.items()}
     columns = {name: flat(ways) for name, ways in found.items()}
-    print("\n".join(side_by_side(columns, rows, 34)))
+    print("\n".join(side_by_side(columns, rows, 37)))
     write_json({"figures": found, "points": points}, folder / "circuits_curve.json")
     print(f"\nwrote {pictures.save(pictures.curve_figure(points), folder / 'circuits_curve.png')}")
 

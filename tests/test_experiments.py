@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import model
+from circuits import Circuit
 from data import prepare
 from data.dataset import read_meta
+from data.tasks import Task
 from experiments import baselines, circuit_curve, explain, seeds
 from experiments.carry import carry_edge
 from gates import GATES
@@ -20,6 +22,7 @@ from readings import Edge
 from support.checkpoints import save_model
 from support.graph import Graph
 from tests.conftest import ROOT
+from tests.planted import T, previous_token
 from tests.test_model import tiny
 from train import RECIPES, train
 
@@ -36,9 +39,21 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
         for way in circuit_curve.WAYS:
             n, points = report["figures"][name][way], report["points"][name][way]
             assert max(n["edges"], n["swept"]) <= points[-1][0] and n["heads"] <= 4
+            assert 0 <= n["needed"] <= n["open"] <= 4 * 15
             assert points[-1][1] == pytest.approx(1, abs=1e-4), "all edges explain everything"
             assert points == sorted(points) and points[0][0] < points[-1][0]
     assert (tmp_path / "circuits_curve.png").stat().st_size > 5000 and "edge pruning: edges for 90 %" in out
+
+
+def test_of_a_head_that_copies_a_token_one_attention_edge_is_enough():
+    """The planted head has a weight at every query; the answer needs the last one's, of the token before,
+    unless the corrupted prompt's last token, which the logits read otherwise, is the same."""
+    model, prompts, edges = previous_token()
+    clean, corrupted = (prompts(32, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    last = torch.full((32, 1), T - 1)
+    task = Task(clean, corrupted, last, clean[:, -2:-1], corrupted[:, -2:-1])
+    n_open, enough = circuit_curve.attention_edges(Circuit(model, edges), task, bound=0.01)
+    assert enough == (corrupted[:, -1] != clean[:, -2]).float().mean() and n_open == T * (T + 1) / 2
 
 
 def test_edges_are_counted_from_component_to_component():
