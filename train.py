@@ -113,7 +113,7 @@ RECIPES = {
     ),  # fmt: skip
     "recall": TrainConfig(
         dataset="recall", plot_text="c4a1d7b2a1", n_embd=64, block_size=9, batch_size=128,
-        pretrain_steps=500, sparsify_steps=2000, control=False,
+        multiplier_max=40.0, pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
     "shakespeare_char": TrainConfig(
         loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=4500,
@@ -121,7 +121,7 @@ RECIPES = {
     ),  # fmt: skip
     "novels_char": TrainConfig(
         dataset="novels_char", loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0,
-        pretrain_steps=12_000, sparsify_steps=8000, sparsify_learning_rate=1e-3,
+        pretrain_steps=12_000, sparsify_steps=12_000, sparsify_learning_rate=1e-3,
     ),  # fmt: skip
     "shakespeare_char_gpu": TrainConfig(
         n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
