@@ -1,7 +1,7 @@
 # make demo      train the addition model, make it sparse, find the circuits of both, draw pictures
 # make test      run the tests
 # make test-all  those that take minutes, too
-# make gpu       what needs a GPU: the kernels' tests, bench.py, the two GPU recipes for 300 steps (TEXT=FILE to train on)
+# make gpu       what needs a GPU: the kernels' tests, bench.py, 300 steps of two recipes (TEXT=FILE: on it)
 # make figures   draw every picture of docs/ again, after training what they show
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
@@ -29,12 +29,15 @@ test-all: .venv/triton
 	$(PY) -m pytest -m ""
 
 gpu: .venv/triton
-	-$(PY) -m pytest tests/test_fused_attention.py -m ""
-	-$(PY) bench.py all --length=1024
-	[ -f data/gpu/meta.json ] || $(PY) data/prepare.py text $(or $(TEXT),*.py docs/*.md) --name=gpu --tokenizer=char
-	-$(PY) train.py shakespeare_char_gpu $(SHORT) --out_dir=out/gpu_char
-	-$(PY) train.py gpt2 $(SHORT) --out_dir=out/gpu_gpt2 --init_from=scratch --n_layer=12 --n_head=12 --n_embd=768 \
-		--gradient_accumulation_steps=2
+	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: PyTorch sees no CUDA device here')"
+	$(PY) data/prepare.py text $(or $(TEXT),*.py docs/*.md) --name=gpu --tokenizer=char
+	failed=0; \
+	$(PY) -m pytest tests/test_fused_attention.py -m "" || failed=1; \
+	$(PY) bench.py all --length=1024 || failed=1; \
+	$(PY) train.py shakespeare_char_gpu $(SHORT) --out_dir=out/gpu_char || failed=1; \
+	$(PY) train.py gpt2 $(SHORT) --out_dir=out/gpu_gpt2 --init_from=scratch --n_layer=12 --n_head=12 \
+		--n_embd=768 --learning_rate=6e-4 --gradient_accumulation_steps=2 || failed=1; \
+	exit $$failed
 
 figures: demo out/recall/summary.json
 	$(PY) circuits.py addition --positions
@@ -49,7 +52,7 @@ figures: demo out/recall/summary.json
 
 out/recall/summary.json: | .venv/installed
 	[ -f data/recall/meta.json ] || $(PY) data/prepare.py recall
-	$(PY) train.py recall $$([ -f out/recall/last.pt ] && echo --resume)
+	$(PY) train.py recall --multiplier_max=20 $$([ -f out/recall/last.pt ] && echo --resume)
 
 .venv: .venv/installed
 

@@ -7,7 +7,8 @@ All rankings are treated alike, and cut on the examples that were not searched: 
 is at most the bound, and, as the paper has it, the shortest one that explains 90 % of the effect (a
 faithfulness of 0.9). There, edges are counted from component to component: a head's query, key and value are
 one. *Swept* is the prefix that keeps the bound on the examples searched, less what it can do without. Of its
-heads, the attention edges per prompt: those that are open, and how many of the largest are enough.
+heads, the attention edges per prompt: those that are open, and how few, by their effect on the answer, are
+enough.
 """
 
 import sys
@@ -20,7 +21,7 @@ import torch
 
 import circuits
 from circuits import CircuitConfig, Problem, circuit_output, kl_divergence, logit_difference, read_out
-from gates import attention_pattern, causal_scores
+from gates import causal_scores
 from model import evaluating
 from support import command_line, pictures
 from support.command_line import UserError
@@ -86,10 +87,11 @@ def attention_edges(circuit, task, bound):
         """The circuit's, (B, K, V), with a factor (L, B, H, T, T) on its attention weights."""
 
         def head_outputs(attn, q, k, v):
-            weights = causal_scores(q, k).softmax(dim=-1)
+            scores = causal_scores(q, k)
+            weights = scores.softmax(dim=-1) * factor[layer_of[attn]]
             if attn.gate is not None:
-                weights = weights * attn.gate.deterministic(attention_pattern(q, k, attn.gate_bias)[1])
-            y = (weights * factor[layer_of[attn]]) @ v
+                weights = weights * attn.gate.deterministic(scores + attn.gate_bias[:, None, None])
+            y = weights @ v
             out = torch.einsum("bhtd,chd->bhtc", y, attn.c_proj.weight.unflatten(1, (attn.n_head, -1)))
             return out + circuits.bias_share(attn)
 
@@ -101,12 +103,14 @@ def attention_edges(circuit, task, bound):
     is_open = [reading(circuit, task.clean[part])[1] for part in parts]
     whole, effects = [], []
     for part, edges in zip(parts, is_open):
-        edges[:, :, :, int(task.positions.max()) + 1 :] = False
+        queries = torch.arange(T, device=edges.device) <= task.positions[part].amax(dim=1, keepdim=True)
+        edges &= queries[:, None, :, None]
         with torch.enable_grad():
             factor = edges.float().requires_grad_()
-            whole.append(logits(part, factor))
-            answers = whole[-1].gather(2, task.answers[part][:, :, None])[..., 0] - whole[-1].mean(dim=2)
+            full = logits(part, factor)
+            answers = full.gather(2, task.answers[part][:, :, None])[..., 0] - full.mean(dim=2)
             effects.append(torch.autograd.grad(answers.sum(), factor)[0].abs())
+        whole.append(full.detach())
     levels = torch.cat([e[o] for e, o in zip(effects, is_open)]).sort().values
 
     def fits(smallest):
@@ -144,7 +148,8 @@ def curve(model, searched, scored, config):
             "heads": len(components(other, explained)[1]),
         }
         if config.sweep:
-            swept = problem.circuit(other.graph.effective(problem.swept(cut, ranking, config.bound), other.links))
+            mask = problem.swept(cut, ranking, config.bound)
+            swept = problem.circuit(other.graph.effective(mask, other.links))
             found[way]["swept"] = len(swept.edges)
             found[way]["open"], found[way]["needed"] = attention_edges(swept, scored, config.bound)
         sizes = torch.logspace(0, 1, 12, base=int(other.candidates.sum())).long().tolist()

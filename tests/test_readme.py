@@ -17,13 +17,12 @@ from tests.conftest import ROOT
 SHORT = {  # what is appended to a command of each program
     "train": "--pretrain_steps=3 --sparsify_steps=3 --batch_size=500 --eval_iters=1 --device=cpu",
     "circuits": "--steps=3 --examples=20 --no-sweep",
-    "experiments.circuit_curve": "--steps=3 --examples=20",
 }
 NOT_HERE = "pip install|prepare.py shakespeare|openwebtext|gpt2|bench.py|shakespeare_char|--seeds"  # slow
 
 
-def blocks(language):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(language, name="README.md"):
+    text = (ROOT / name).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
@@ -31,6 +30,8 @@ def test_commands_and_code_run_as_written(program, tmp_path, monkeypatch):
     for name in ("README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(readings, "MOST_PAIRS", 2**14)  # 16 examples: after three steps all edges are open,
+    monkeypatch.setattr(readings, "force", lambda *_: None)  # and forcing each would take a minute
     done = []
     for command in (line for block in blocks("sh") for line in block.splitlines()):
         if not command.startswith("python ") or re.search(NOT_HERE, command):
@@ -41,8 +42,6 @@ def test_commands_and_code_run_as_written(program, tmp_path, monkeypatch):
             continue
         name = path.removesuffix(".py").replace("/", ".")
         with monkeypatch.context() as patch:
-            patch.setattr(readings, "MOST_PAIRS", 2**14)  # 16 examples: after three steps all edges are open,
-            patch.setattr(readings, "force", lambda *_: None)  # and forcing each would take a minute
             if name == "train":  # pictures take longer than all the rest
                 patch.setattr(pictures, "save", lambda figure, path: path)
             code, out, err = program(importlib.import_module(name).main, *argv, *SHORT.get(name, "").split())
@@ -50,8 +49,8 @@ def test_commands_and_code_run_as_written(program, tmp_path, monkeypatch):
         done.append(name)
         assert name != "circuits" or "edges dense / sparse" in out
     assert len(done) >= 8 and {"train", "circuits", "sample", "data.prepare"} <= set(done), done
-    for code in blocks("python"):
-        if "import " in code and '"gpt2"' not in code:
+    for name in ("docs/readings.md", "docs/circuits.md"):
+        for code in blocks("python", name):
             exec(code.replace("steps=100", "steps=3, sweep=False"), {})
 
 
