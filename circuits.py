@@ -61,6 +61,11 @@ def head_outputs(attn, q, k, v):
     else:
         pattern, log_alpha = attention_pattern(q, k, attn.gate_bias)
         y = (pattern * attn.gate.deterministic(log_alpha)).to(v.dtype) @ v
+    return projected(attn, y)
+
+
+def projected(attn, y):
+    """What heads read, (B, H, T, D) -> what each adds to the residual stream, (B, H, T, C)."""
     out = torch.einsum("bhtd,chd->bhtc", y, attn.c_proj.weight.unflatten(1, (attn.n_head, -1)))
     return out + bias_share(attn)
 

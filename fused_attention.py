@@ -331,8 +331,8 @@ def noise_kernel(seed, u, n_rows, T, BLOCK: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------------
 # From tensors to kernels
 
-# By bytes per number: BLOCK, a program's own queries or keys, and STEP, what it walks over at a time: the
-# fastest or near it of those tried on an H200; in float32, the largest that fits 100 kB of shared memory.
+# By bytes per number: BLOCK, a program's own queries or keys, and STEP, what it walks over at a time: of
+# those tried on an H200 the fastest or near it; in float32 small, to fit 100 kB of shared memory.
 BLOCKS = {2: (64, 32), 4: (32, 32)}
 
 

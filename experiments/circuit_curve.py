@@ -91,9 +91,7 @@ def attention_edges(circuit, task, bound):
             weights = scores.softmax(dim=-1) * factor[layer_of[attn]]
             if attn.gate is not None:
                 weights = weights * attn.gate.deterministic(scores + attn.gate_bias[:, None, None])
-            y = weights @ v
-            out = torch.einsum("bhtd,chd->bhtc", y, attn.c_proj.weight.unflatten(1, (attn.n_head, -1)))
-            return out + circuits.bias_share(attn)
+            return circuits.projected(attn, weights @ v)
 
         clean = task.clean[part]
         with mock.patch.object(circuits, "head_outputs", head_outputs):
@@ -148,8 +146,7 @@ def curve(model, searched, scored, config):
             "heads": len(components(other, explained)[1]),
         }
         if config.sweep:
-            mask = problem.swept(cut, ranking, config.bound)
-            swept = problem.circuit(other.graph.effective(mask, other.links))
+            swept = problem.circuit(problem.swept(cut, ranking, config.bound))
             found[way]["swept"] = len(swept.edges)
             found[way]["open"], found[way]["needed"] = attention_edges(swept, scored, config.bound)
         sizes = torch.logspace(0, 1, 12, base=int(other.candidates.sum())).long().tolist()
