@@ -52,7 +52,7 @@ figures: demo out/recall/summary.json
 
 out/recall/summary.json: | .venv/installed
 	[ -f data/recall/meta.json ] || $(PY) data/prepare.py recall
-	$(PY) train.py recall --multiplier_max=20 $$([ -f out/recall/last.pt ] && echo --resume)
+	$(PY) train.py recall $$([ -f out/recall/last.pt ] && echo --resume)
 
 .venv: .venv/installed
 
