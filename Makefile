@@ -2,7 +2,7 @@
 # make test      run the tests
 # make test-all  those that take minutes, too
 # make gpu       what needs a GPU: the kernels' tests, bench.py, 300 steps of two recipes (TEXT=FILE: on it)
-# make figures   draw every picture of docs/ again, after training what they show
+# make figures   draw every picture of docs/ again, after training what they show (but on novels: if it is there)
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
 
@@ -12,6 +12,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 OUT = out/addition
 SHORT = --dataset=gpu --pretrain_steps=300 --sparsify_steps=300 --no-control
 NOVELS = $(firstword $(wildcard out/seeds/novels_char_*_seed_100))
+SIZES = $(wildcard out/novels_2 out/novels_4 out/novels_8)
 
 .PHONY: demo test test-all gpu figures clean .venv
 
@@ -49,6 +50,7 @@ figures: demo out/recall/summary.json
 	$(PY) experiments/baselines.py $(OUT) out/recall $(NOVELS) --picture=docs/baselines.png
 	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
 	cp out/lesson_*.png docs
+	[ -z "$(SIZES)" ] || $(PY) experiments/growth.py $(SIZES) --picture=docs/growth.png
 
 out/recall/summary.json: | .venv/installed
 	[ -f data/recall/meta.json ] || $(PY) data/prepare.py recall

@@ -7,11 +7,12 @@ All rankings are treated alike, and cut on the examples that were not searched: 
 is at most the bound, and, as the paper has it, the shortest one that explains 90 % of the effect (a
 faithfulness of 0.9). There, edges are counted from component to component: a head's query, key and value are
 one. *Swept* is the prefix that keeps the bound on the examples searched, less what it can do without. Of its
-heads, the attention edges per prompt: those that are open, and how few, by their effect on the answer, are
-enough.
+heads, and of all heads, the attention edges per prompt: those that are open, and how few, by their effect on
+the answer, are enough.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +32,7 @@ from support.report import side_by_side
 
 EXPLAINED = 0.9
 WAYS = ("edge pruning", "attribution", "random")
-FIGURES = {  # of a way: what it is, its format
+FIGURES = {  # of a way, or of the whole model: what it is, its format
     "edges": ("edges at the bound", ",d"),
     "swept": ("edges, swept", ",d"),
     "open": ("attention edges, open", ",.1f"),
@@ -136,7 +137,8 @@ def curve(model, searched, scored, config):
         "attribution": attribution(problem, searched.answers, searched.wrong),
         "random": torch.rand(problem.candidates.shape, generator=torch.Generator().manual_seed(config.seed)),
     }
-    found, points = {}, {}
+    everything = attention_edges(problem.circuit(problem.candidates), scored, config.bound)
+    found, points = {"all edges": dict(zip(("open", "needed"), everything))}, {}
     for way, ranking in rankings.items():
         cut = problem.short_prefix(ranking, lambda mask: problem.fits(mask, config.bound))
         explained = other.short_prefix(ranking, lambda mask: faithfulness(mask) >= EXPLAINED)
@@ -163,7 +165,8 @@ def main(argv):
     for name, model in models.items():
         with evaluating(model):
             found[name], points[name] = curve(model, searched, scored, config)
-    rows = {(way, key): (f"{way}: {words}", form) for way in WAYS for key, (words, form) in FIGURES.items()}
+    pairs = product(("all edges", *WAYS), FIGURES)
+    rows = {(way, key): (f"{way}: {FIGURES[key][0]}", FIGURES[key][1]) for way, key in pairs}
     flat = lambda ways: {(way, key): n for way, figures in ways.items() for key, n in figures.items()}
     columns = {name: flat(ways) for name, ways in found.items()}
     print("\n".join(side_by_side(columns, rows, 37)))

@@ -205,6 +205,7 @@ def training_figure(lines):
     return figure
 
 
+PAPER = [(144, 97.0), (144, 42.8), (1024, 8.6), (1024, 5.4)]  # heads; how many times fewer edges for 90 %
 NODE_COLOURS = {"a": LIGHT_BLUE, "m": PINK, "e": BLACK, "l": BLACK}  # by the first letter of a node's name
 READERS = {  # what reads an edge: its name, its colour, the bend of its arrow
     "q": ("query", BLUE, 0.06),
@@ -337,5 +338,19 @@ def curve_figure(curves):
     axis.set(xlabel="edges of the circuit", ylabel="faithfulness (1: the full model, 0: no edge)")
     axis.set_xscale("log")
     axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def growth_figure(ratios):
+    """How many times fewer edges a sparse model's circuit has, against the number of heads. ratios: {measure:
+    [(heads, dense / sparse), ...]}."""
+    figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    for shade, marker, (measure, points) in zip(HEADS, "osD^", ratios.items()):
+        axis.plot(*zip(*sorted(points)), marker + "-", color=shade, label=measure)
+    axis.plot(*zip(*PAPER), "*", ms=11, color=BLACK, label="the paper: GPT-2, OLMo-7B")
+    axis.axhline(1, color=BLACK, lw=0.6)
+    axis.set(xlabel="attention heads of the model", ylabel="dense / sparse", xscale="log", yscale="log")
+    axis.grid(alpha=0.3, which="both")
     axis.legend(frameon=False, fontsize=8)
     return figure

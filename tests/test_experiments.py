@@ -14,7 +14,7 @@ from circuits import Circuit
 from data import prepare
 from data.dataset import read_meta
 from data.tasks import Task
-from experiments import baselines, circuit_curve, explain, seeds
+from experiments import baselines, circuit_curve, explain, growth, seeds
 from experiments.carry import carry_edge
 from gates import GATES
 from model import AttentionRecord
@@ -36,6 +36,8 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
     assert code == 0, err
     report = json.loads((tmp_path / "circuits_curve.json").read_text())
     for name in ("dense", "sparse"):
+        n = report["figures"][name]["all edges"]
+        assert 0 <= n["needed"] <= n["open"] <= 4 * 15 and (name == "sparse" or n["open"] == 4 * 15)
         for way in circuit_curve.WAYS:
             n, points = report["figures"][name][way], report["points"][name][way]
             assert max(n["edges"], n["swept"]) <= points[-1][0] and n["heads"] <= 4
@@ -44,6 +46,33 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
             assert points[-1][1] == pytest.approx(1, abs=1e-4), "all edges explain everything"
             assert points == sorted(points) and points[0][0] < points[-1][0]
     assert (tmp_path / "circuits_curve.png").stat().st_size > 5000 and "edge pruning: edges for 90 %" in out
+
+
+def test_growth_reads_the_figures_that_are_there(program, tmp_path):
+    """The table's ratios are those of the folders' circuits; a folder without a run is refused."""
+    for n, edges in ((2, 30), (3, 60)):
+        folder = tmp_path / f"n{n}"
+        (folder / "sums").mkdir(parents=True)
+        heads = [[0.5] * n] * (n - 1) + [[0.0] * n]
+        summary = {"dense_loss": 1.0, "sparse_loss": 1.0, "edges_hard": 0.3, "edges_per_head": heads}
+        (folder / "summary.json").write_text(json.dumps(summary | {"config": {"dataset": "sums"}}))
+        figures = {"edges": edges, "explained": edges, "heads": 4}
+        ways = {way: figures for way in circuit_curve.WAYS}
+        both = {"dense": ways, "sparse": {way: figures | {"edges": 10, "explained": 5} for way in ways}}
+        for name, needed in (("dense", 200.0), ("sparse", 25.0)):
+            both[name] = both[name] | {"all edges": {"open": 300.0, "needed": needed}}
+        (folder / "sums" / "circuits_curve.json").write_text(json.dumps({"figures": both}))
+    argv = [f"{tmp_path}/n2", f"{tmp_path}/n3", f"--picture={tmp_path}/growth.png"]
+    code, out, err = program(growth.main, *argv)
+    assert code == 0, err
+    rows = {line[:36].strip(): line[36:].split() for line in out.splitlines() if line}
+    assert rows["edges at the bound, ratio"] == ["3.0", "6.0"]
+    assert rows["edges for 90 %, ratio"] == ["6.0", "12.0"]
+    assert rows["attention edges, enough, ratio"] == ["8.0", "8.0"]
+    assert rows["heads with an open edge"] == ["2", "6"]
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+    code, out, err = program(growth.main, str(tmp_path))
+    assert code == 2 and "holds no finished run" in err
 
 
 def test_of_a_head_that_copies_a_token_one_attention_edge_is_enough():

@@ -1,0 +1,85 @@
+"""
+Does what a circuit gains grow with the model? Circuits of models of several sizes, dense and sparse.
+
+    python experiments/growth.py out/novels_2 out/novels_4 out/novels_8      folders that train.py wrote
+    python experiments/growth.py out/novels_2 out/novels_4 --task=sentence
+
+Prints a table, and draws the ratios dense / sparse against the number of heads, with the paper's beside them.
+The figures of a folder are those of circuit_curve.py without the sweep; where they are there, they are read.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
+
+from experiments import circuit_curve
+from support import command_line, pictures
+from support.command_line import UserError, arguments, option
+from support.report import side_by_side
+
+MEASURES = {  # as in circuit_curve: the ranking, what is counted
+    "attention edges, enough": ("all edges", "needed"),
+    "edges at the bound": ("edge pruning", "edges"),
+    "edges for 90 %": ("edge pruning", "explained"),
+    "edges for 90 %, attribution": ("attribution", "explained"),
+    "heads for 90 %, attribution": ("attribution", "heads"),
+}
+
+
+@dataclass
+class GrowthConfig:
+    folders: tuple = arguments("one or more folders that train.py wrote", 1, 100)
+    task: str = option("", "as for circuits.py; empty: the dataset that the models were trained on")
+    bound: float = option(0.01, "KL(full model || circuit) at most, nats", above=0)
+    steps: int = option(400, "steps of the search", at_least=1)
+    picture: str = option("out/growth.png", "where to draw")
+
+
+def figures_of(folder, task, config):
+    """circuit_curve's figures of a folder's two models, {dense, sparse: {way: {figure: number}}}."""
+    path = folder / task / "circuits_curve.json"
+    if not path.is_file():
+        print(f"{folder}: circuits of {task}", flush=True)
+        models = [f"--{name}={folder / name}.pt" for name in ("dense", "sparse")]
+        how = [f"--bound={config.bound}", f"--steps={config.steps}", "--no-sweep", f"--out_dir={path.parent}"]
+        circuit_curve.main([task, *models, *how])
+    return json.loads(path.read_text(encoding="utf-8"))["figures"]
+
+
+def column_of(folder, config):
+    """One model's column of the table, and its number of heads."""
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    found = figures_of(folder, config.task or summary["config"]["dataset"], config)
+    column, heads = dict(summary), sum(summary["edges_per_head"], [])
+    column["alive"] = sum(fraction > 0 for fraction in heads)
+    for measure, (way, figure) in MEASURES.items():
+        dense, sparse = (found[name][way][figure] for name in ("dense", "sparse"))
+        column |= {f"{measure}, dense": dense, f"{measure}, sparse": sparse}
+        column[f"{measure}, ratio"] = dense / max(1, sparse)
+    return column, len(heads)
+
+
+def main(argv):
+    config = command_line.parse(GrowthConfig(), argv, __doc__)
+    columns, ratios = {}, {measure: [] for measure in MEASURES}
+    for folder in map(Path, config.folders):
+        column, n_heads = column_of(folder, config)
+        columns[folder.name] = column
+        for measure in MEASURES:
+            ratios[measure].append((n_heads, column[f"{measure}, ratio"]))
+    rows = {"dense_loss": ("dense loss, nats", ".4f"), "sparse_loss": ("sparse loss, nats", ".4f")}
+    rows |= {"edges_hard": ("hard edges", ".2%"), "alive": ("heads with an open edge", ",d")}
+    for measure, (name, form) in product(MEASURES, (("dense", ",.0f"), ("sparse", ",.0f"), ("ratio", ".1f"))):
+        rows[f"{measure}, {name}"] = f"{measure}, {name}", form
+    print("\n".join(side_by_side(columns, rows, 36)))
+    print(f"\nwrote {pictures.save(pictures.growth_figure(ratios), config.picture)}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
