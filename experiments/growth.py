@@ -21,12 +21,13 @@ from support import command_line, pictures
 from support.command_line import UserError, arguments, option
 from support.report import side_by_side
 
-MEASURES = {  # as in circuit_curve: the ranking, what is counted
-    "attention edges, enough": ("all edges", "needed"),
-    "edges at the bound": ("edge pruning", "edges"),
-    "edges for 90 %": ("edge pruning", "explained"),
-    "edges for 90 %, attribution": ("attribution", "explained"),
-    "heads for 90 %, attribution": ("attribution", "heads"),
+BOTH = ("edge pruning", "attribution")
+MEASURES = {  # as in circuit_curve: what is counted, and the rankings, of which the better counts
+    "attention edges, enough": ("needed", ["all edges"]),
+    "edges at the bound": ("edges", BOTH),
+    "edges for 90 %": ("explained", BOTH),
+    "edges for 90 %, attribution": ("explained", ["attribution"]),
+    "heads for 90 %, attribution": ("heads", ["attribution"]),
 }
 
 
@@ -58,8 +59,8 @@ def column_of(folder, config):
     found = figures_of(folder, config.task or summary["config"]["dataset"], config)
     column, heads = dict(summary), sum(summary["edges_per_head"], [])
     column["alive"] = sum(fraction > 0 for fraction in heads)
-    for measure, (way, figure) in MEASURES.items():
-        dense, sparse = (found[name][way][figure] for name in ("dense", "sparse"))
+    for measure, (figure, ways) in MEASURES.items():
+        dense, sparse = (min(found[name][way][figure] for way in ways) for name in ("dense", "sparse"))
         column |= {f"{measure}, dense": dense, f"{measure}, sparse": sparse}
         column[f"{measure}, ratio"] = dense / max(1, sparse)
     return column, len(heads)

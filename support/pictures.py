@@ -346,11 +346,15 @@ def growth_figure(ratios):
     """How many times fewer edges a sparse model's circuit has, against the number of heads. ratios: {measure:
     [(heads, dense / sparse), ...]}."""
     figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    for shade, marker, (measure, points) in zip(HEADS, "osD^", ratios.items()):
+    for shade, marker, (measure, points) in zip(HEADS, "osD^v", ratios.items()):
         axis.plot(*zip(*sorted(points)), marker + "-", color=shade, label=measure)
-    axis.plot(*zip(*PAPER), "*", ms=11, color=BLACK, label="the paper: GPT-2, OLMo-7B")
+    axis.plot(*zip(*PAPER), "*", ms=11, color=BLACK, label="edges for 90 %, the paper: GPT-2, OLMo-7B")
     axis.axhline(1, color=BLACK, lw=0.6)
     axis.set(xlabel="attention heads of the model", ylabel="dense / sparse", xscale="log", yscale="log")
-    axis.grid(alpha=0.3, which="both")
+    heads = sorted({n for n, _ in [*PAPER, *points]})
+    axis.set_xticks(heads, map(str, heads))
+    axis.minorticks_off()
+    axis.set_yticks([1, 2, 5, 10, 20, 50, 100], map(str, [1, 2, 5, 10, 20, 50, 100]))
+    axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure
