@@ -2,7 +2,7 @@
 # make test      run the tests
 # make test-all  those that take minutes, too
 # make gpu       what needs a GPU: the kernels' tests, bench.py, 300 steps of two recipes (TEXT=FILE: on it)
-# make figures   draw every picture of docs/ again, after training what they show (but on novels: if it is there)
+# make figures   draw every picture of docs/ again, after training what they show (but the novels)
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
 
