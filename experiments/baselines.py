@@ -14,7 +14,6 @@ on text: one head in each of the first two layers reads its own position and the
 every batch, the largest attention weights of all layers and heads.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -31,10 +30,10 @@ from data.dataset import Dataset
 from gates import GATES, AttentionStats, causal_scores, edge_penalty
 from model import GPT, causal_mask
 from support import command_line, pictures, ranks
-from support.command_line import UserError, arguments, option
-from support.files import make_folder, write_json
+from support.command_line import arguments, option
+from support.files import make_folder, read_json, write_json
 from support.held_out import HeldOut
-from support.report import evaluate, result_line
+from support.report import evaluate, read_summary, result_line
 from support.runs import Run
 
 BASELINES = ("top", "learned", "fixed", "window", "hand")  # in this order: fixed takes the edges of learned
@@ -174,24 +173,24 @@ def trained(run, name, model, dense, bounded=False):
     return evaluate(model, run.data, config.batch_size)
 
 
-def train_baselines(folder, options):
+def train_baselines(folder, summary, options):
     """Train the baselines that a folder lacks. Returns {name: what evaluate found}."""
-    config = replace(train.TrainConfig(**read(folder / "summary.json")["config"]), resume=False)
+    config = replace(train.TrainConfig(**summary["config"]), resume=False)
     data = Dataset(config.dataset, config.block_size, config.data_dir, ranks.find_device(config.device))
     out = make_folder(folder / "baselines")
     dense = GPT.from_pretrained(folder / "dense.pt").to(data.device)
-    fraction = options.edges or read(folder / "summary.json")["edges_hard"]
+    fraction = options.edges or summary["edges_hard"]
     T, n_layer = data.sequence_tokens, dense.config.n_layer
     learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
     run = Run(replace(config, out_dir=str(out)), data, data.device, out, None, [])
-    of_what = {"edges": fraction, "dense_loss": read(folder / "summary.json")["dense_loss"]}
+    of_what = {"edges": fraction, "dense_loss": summary["dense_loss"]}
     results = {}
     for name in BASELINES:
         if name == "window" and data.is_task or name == "hand" and config.dataset not in HAND:
             continue
         path = out / f"{name}.json"
-        if path.is_file() and of_what.items() <= read(path).items():
-            results[name] = read(path)
+        if path.is_file() and of_what.items() <= read_json(path).items():
+            results[name] = read_json(path)
             continue
         print(f"{folder}: {name}, {fraction:.2%} of the edges")
         if name == "window":
@@ -217,19 +216,11 @@ def train_baselines(folder, options):
     return results
 
 
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def main(argv):
     options = command_line.parse(BaselineConfig(), argv, __doc__)
-    folders = [Path(folder) for folder in options.folders]
-    for folder in folders:
-        if not (folder / "summary.json").is_file():
-            raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
-    panels = {}
-    for folder in folders:
-        found, summary = train_baselines(folder, options), read(folder / "summary.json")
+    summaries, panels = {Path(folder): read_summary(folder) for folder in options.folders}, {}
+    for folder, summary in summaries.items():
+        found = train_baselines(folder, summary, options)
         sparse = {"loss": summary["sparse_loss"], **summary, "accuracy": summary.get("sparse_accuracy")}
         found = {"sparse": {key: value for key, value in sparse.items() if value is not None}, **found}
         panels[folder.name] = summary, found

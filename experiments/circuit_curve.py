@@ -12,6 +12,7 @@ the answer, are enough.
 """
 
 import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -140,7 +141,6 @@ def curve(model, searched, scored, config):
     everything = attention_edges(problem.circuit(problem.candidates), scored, config.bound)
     found, points = {"all edges": dict(zip(("open", "needed"), everything))}, {}
     for way, ranking in rankings.items():
-        cut = problem.short_prefix(ranking, lambda mask: problem.fits(mask, config.bound))
         explained = other.short_prefix(ranking, lambda mask: faithfulness(mask) >= EXPLAINED)
         found[way] = {
             "edges": int(other.short_prefix(ranking, lambda mask: other.fits(mask, config.bound)).sum()),
@@ -148,6 +148,7 @@ def curve(model, searched, scored, config):
             "heads": len(components(other, explained)[1]),
         }
         if config.sweep:
+            cut = problem.short_prefix(ranking, lambda mask: problem.fits(mask, config.bound))
             swept = problem.circuit(problem.swept(cut, ranking, config.bound))
             found[way]["swept"] = len(swept.edges)
             found[way]["open"], found[way]["needed"] = attention_edges(swept, scored, config.bound)
@@ -170,7 +171,7 @@ def main(argv):
     flat = lambda ways: {(way, key): n for way, figures in ways.items() for key, n in figures.items()}
     columns = {name: flat(ways) for name, ways in found.items()}
     print("\n".join(side_by_side(columns, rows, 37)))
-    write_json({"figures": found, "points": points}, folder / "circuits_curve.json")
+    write_json({"config": asdict(config), "figures": found, "points": points}, folder / "circuits_curve.json")
     print(f"\nwrote {pictures.save(pictures.curve_figure(points), folder / 'circuits_curve.png')}")
 
 

@@ -5,10 +5,10 @@ Does what a circuit gains grow with the model? Circuits of models of several siz
     python experiments/growth.py out/novels_2 out/novels_4 --task=sentence
 
 Prints a table, and draws the ratios dense / sparse against the number of heads, with the paper's beside them.
-The figures of a folder are those of circuit_curve.py without the sweep; where they are there, they are read.
+The figures of a folder are those of circuit_curve.py without the sweep; where they are there, of the same
+bound and steps, they are read.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that
 
 from experiments import circuit_curve
 from support import command_line, pictures
-from support.command_line import UserError, arguments, option
-from support.report import side_by_side
+from support.command_line import arguments, option
+from support.files import read_json
+from support.report import read_summary, side_by_side
 
 BOTH = ("edge pruning", "attribution")
 MEASURES = {  # as in circuit_curve: what is counted, and the rankings, of which the better counts
@@ -43,19 +44,17 @@ class GrowthConfig:
 def figures_of(folder, task, config):
     """circuit_curve's figures of a folder's two models, {dense, sparse: {way: {figure: number}}}."""
     path = folder / task / "circuits_curve.json"
-    if not path.is_file():
+    how = {"bound": config.bound, "steps": config.steps}
+    if not path.is_file() or not how.items() <= read_json(path).get("config", {}).items():
         print(f"{folder}: circuits of {task}", flush=True)
         models = [f"--{name}={folder / name}.pt" for name in ("dense", "sparse")]
-        how = [f"--bound={config.bound}", f"--steps={config.steps}", "--no-sweep", f"--out_dir={path.parent}"]
-        circuit_curve.main([task, *models, *how])
-    return json.loads(path.read_text(encoding="utf-8"))["figures"]
+        options = [f"--{name}={value}" for name, value in how.items()]
+        circuit_curve.main([task, *models, *options, "--no-sweep", f"--out_dir={path.parent}"])
+    return read_json(path)["figures"]
 
 
-def column_of(folder, config):
+def column_of(folder, summary, config):
     """One model's column of the table, and its number of heads."""
-    if not (folder / "summary.json").is_file():
-        raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     found = figures_of(folder, config.task or summary["config"]["dataset"], config)
     column, heads = dict(summary), sum(summary["edges_per_head"], [])
     column["alive"] = sum(fraction > 0 for fraction in heads)
@@ -68,9 +67,10 @@ def column_of(folder, config):
 
 def main(argv):
     config = command_line.parse(GrowthConfig(), argv, __doc__)
+    summaries = {Path(folder): read_summary(folder) for folder in config.folders}
     columns, ratios = {}, {measure: [] for measure in MEASURES}
-    for folder in map(Path, config.folders):
-        column, n_heads = column_of(folder, config)
+    for folder, summary in summaries.items():
+        column, n_heads = column_of(folder, summary, config)
         columns[folder.name] = column
         for measure in MEASURES:
             ratios[measure].append((n_heads, column[f"{measure}, ratio"]))

@@ -8,7 +8,6 @@ A run that is finished is read, not repeated: the same command prints its table 
 dense model of its own.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ sys.path.insert(0, str(ROOT))  # a script that sees the project
 
 from support import command_line
 from support.command_line import UserError, arguments, option
+from support.files import read_json
 
 COLUMNS = {  # of the table, from summary.json
     "dense": ("dense_loss", "{:.4f}"),
@@ -61,7 +61,7 @@ def run(config, seed):
         if done.returncode:
             raise UserError(f"seed {seed} failed: see {folder / 'output.txt'}")
         print(f"{folder} is done", flush=True)
-    return json.loads(summary.read_text(encoding="utf-8"))
+    return read_json(summary)
 
 
 def table(summaries):

@@ -22,6 +22,11 @@ def read_text(path):
     return text
 
 
+def read_json(path):
+    """What write_json wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 @contextmanager
 def replacing(path):
     """Gives a temporary path beside `path`, and moves what was written there to `path` at the end: whoever

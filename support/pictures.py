@@ -205,7 +205,6 @@ def training_figure(lines):
     return figure
 
 
-PAPER = [(144, 97.0), (144, 42.8), (1024, 8.6), (1024, 5.4)]  # heads; how many times fewer edges for 90 %
 NODE_COLOURS = {"a": LIGHT_BLUE, "m": PINK, "e": BLACK, "l": BLACK}  # by the first letter of a node's name
 READERS = {  # what reads an edge: its name, its colour, the bend of its arrow
     "q": ("query", BLUE, 0.06),
@@ -342,6 +341,9 @@ def curve_figure(curves):
     return figure
 
 
+PAPER = [(144, 97.0), (144, 42.8), (1024, 8.6), (1024, 5.4)]  # heads; how many times fewer edges for 90 %
+
+
 def growth_figure(ratios):
     """How many times fewer edges a sparse model's circuit has, against the number of heads. ratios: {measure:
     [(heads, dense / sparse), ...]}."""
@@ -351,10 +353,10 @@ def growth_figure(ratios):
     axis.plot(*zip(*PAPER), "*", ms=11, color=BLACK, label="edges for 90 %, the paper: GPT-2, OLMo-7B")
     axis.axhline(1, color=BLACK, lw=0.6)
     axis.set(xlabel="attention heads of the model", ylabel="dense / sparse", xscale="log", yscale="log")
-    heads = sorted({n for n, _ in [*PAPER, *points]})
-    axis.set_xticks(heads, map(str, heads))
+    heads, times = {n for points in (PAPER, *ratios.values()) for n, _ in points}, (1, 2, 5, 10, 20, 50, 100)
+    axis.set_xticks(sorted(heads), map(str, sorted(heads)))
+    axis.set_yticks(times, map(str, times))
     axis.minorticks_off()
-    axis.set_yticks([1, 2, 5, 10, 20, 50, 100], map(str, [1, 2, 5, 10, 20, 50, 100]))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure

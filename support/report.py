@@ -7,11 +7,14 @@ deterministic gate is above zero. Claims are made with hard edges. Both are frac
 """
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
 from gates import AttentionStats
 from model import evaluating
+from support.command_line import UserError
+from support.files import read_json
 from support.ranks import device_name
 
 ROWS = {  # figure: (label, format)
@@ -98,6 +101,14 @@ def summarise(config, phases, results, device):
     for key in ("steps", "seconds", "tokens_per_second"):
         summary[key] = {name: round(phase.get(key, 0)) for name, phase in phases.items()}
     return summary | {"device": device_name(device), "config": dataclasses.asdict(config)}
+
+
+def read_summary(folder):
+    """The contents of a run's summary.json. Raises UserError for a folder without one."""
+    path = Path(folder) / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
+    return read_json(path)
 
 
 def missed_bound(summary):

@@ -20,6 +20,7 @@ from gates import GATES
 from model import AttentionRecord
 from readings import Edge
 from support.checkpoints import save_model
+from support.files import read_json
 from support.graph import Graph
 from tests.conftest import ROOT
 from tests.planted import T, previous_token
@@ -50,6 +51,7 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
 
 def test_growth_reads_the_figures_that_are_there(program, tmp_path):
     """The table's ratios are those of the folders' circuits; a folder without a run is refused."""
+    how = {"bound": 0.01, "steps": 400}
     for n, edges in ((2, 30), (3, 60)):
         folder = tmp_path / f"n{n}"
         (folder / "sums").mkdir(parents=True)
@@ -61,7 +63,7 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
         both = {"dense": ways, "sparse": {way: figures | {"edges": 10, "explained": 5} for way in ways}}
         for name, needed in (("dense", 200.0), ("sparse", 25.0)):
             both[name] = both[name] | {"all edges": {"open": 300.0, "needed": needed}}
-        (folder / "sums" / "circuits_curve.json").write_text(json.dumps({"figures": both}))
+        (folder / "sums" / "circuits_curve.json").write_text(json.dumps({"config": how, "figures": both}))
     argv = [f"{tmp_path}/n2", f"{tmp_path}/n3", f"--picture={tmp_path}/growth.png"]
     code, out, err = program(growth.main, *argv)
     assert code == 0, err
@@ -71,6 +73,8 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
     assert rows["attention edges, enough, ratio"] == ["8.0", "8.0"]
     assert rows["heads with an open edge"] == ["2", "6"]
     assert (tmp_path / "growth.png").stat().st_size > 5000
+    code, out, err = program(growth.main, *argv, "--bound=0.02")
+    assert code == 2 and "there is no checkpoint" in err, "figures of another bound are not taken"
     code, out, err = program(growth.main, str(tmp_path))
     assert code == 2 and "holds no finished run" in err
 
@@ -143,7 +147,7 @@ def test_every_baseline_trains_on_the_same_number_of_edges(program, trained):
     code, out, err = program(baselines.main, trained, "--edges=0.2", f"--picture={picture}")
     assert code == 0 and picture.stat().st_size > 5000, err
     names = ["top", "learned", "fixed"]  # hand has nothing for this task, window is for text
-    found = {name: baselines.read(trained / "baselines" / f"{name}.json") for name in names}
+    found = {name: read_json(trained / "baselines" / f"{name}.json") for name in names}
     n_edges = 0.2 * 2 * 2 * 15  # of 15 pairs in each of 4 heads
     assert found["fixed"]["edges_hard"] * 60 == pytest.approx(n_edges)
     assert 0 < found["top"]["edges_hard"] < 1
