@@ -14,12 +14,13 @@ from circuits import Circuit
 from data import prepare
 from data.dataset import read_meta
 from data.tasks import Task
-from experiments import baselines, circuit_curve, explain, growth, seeds
+from experiments import baselines, circuit_curve, explain, growth, peer, seeds
 from experiments.carry import carry_edge
 from gates import GATES
 from model import AttentionRecord
 from readings import Edge
 from support.checkpoints import save_model
+from support.command_line import UserError
 from support.files import read_json
 from support.graph import Graph
 from tests.conftest import ROOT
@@ -98,6 +99,26 @@ def test_edges_are_counted_from_component_to_component():
     edges, heads = circuit_curve.components(SimpleNamespace(graph=graph), mask)
     assert edges == {("embed", "a0.h1"), *rest}
     assert heads == {"a0.h1"}
+
+
+def test_auto_circuit_names_every_edge():
+    """Its own rule: attention and MLPs are layers 1, 2, ..., and an edge leads to a later layer."""
+    graph, writers, readers = Graph(n_layer=2, n_head=2), {"Resid Start": 0}, {"Resid End": 5}
+    for layer, head in product(range(2), range(2)):
+        writers[f"A{layer}.{head}"] = 2 * layer + 1
+        readers |= {f"A{layer}.{head}.{part}": 2 * layer + 1 for part in "QKV"}
+        writers[f"MLP {layer}"] = readers[f"MLP {layer}"] = 2 * layer + 2
+    names = [f"{w}->{r}" for w, r in product(writers, readers) if writers[w] < readers[r]]
+    scores = {name: 1.0 + number for number, name in enumerate(names)}
+    ranking = peer.ranking_of(graph, scores)
+    assert torch.equal(ranking[..., 0] > 0, graph.edges)
+    k, value = (graph.readers.index(name) for name in ("a1.h0.k", "a1.h1.v"))
+    assert ranking[k, graph.writers.index("m0")] == scores["MLP 0->A1.0.K"]
+    assert ranking[value, graph.writers.index("a0.h1")] == scores["A0.1->A1.1.V"]
+    assert ranking[-1, 0] == scores["Resid Start->Resid End"]
+    del scores["MLP 0->A1.0.K"]
+    with pytest.raises(UserError, match=f"{len(scores)} edges there are not the {len(names)} here"):
+        peer.ranking_of(graph, scores)
 
 
 def test_the_low_rank_gates_of_the_docs(monkeypatch):
