@@ -50,6 +50,7 @@ figures: demo out/recall/summary.json
 	$(PY) experiments/baselines.py $(OUT) out/recall $(NOVELS) --picture=docs/baselines.png
 	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
 	cp out/lesson_*.png docs
+	[ ! -f out/heads_8/edges.png ] || cp out/heads_8/edges.png docs/edges_novels.png
 	[ -z "$(SIZES)" ] || { $(PY) experiments/growth.py $(SIZES) --picture=docs/growth.png && \
 		$(PY) experiments/growth.py $(SIZES) --task=sentence --picture=docs/growth_sentence.png; }
 

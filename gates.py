@@ -82,10 +82,20 @@ def edge_penalty(gate, log_alpha):
     return gate.open_probability(log_alpha) + F.softplus(log_alpha)
 
 
+def head_penalty(edges, price, scale=0.003):
+    """What a head costs whose edges cost `edges` on average: edges + price * log(1 + edges / scale). Same
+    shape as edges; with a price of 0 the paper's mean over edges.
+
+    The logarithm is ours (a log-sum penalty: Candes, Wakin, Boyd 2008, arXiv 0711.1612): where few edges are
+    open, one more costs most. So what two heads do with a few edges each moves into one of them, and the
+    other closes as a whole."""
+    return edges + price * torch.log1p(edges / scale)
+
+
 class AttentionStats(NamedTuple):
     """Figures of one layer's gates, each (H,): means over the batch, edges as fractions of causal pairs."""
 
-    penalty: torch.Tensor  # mean edge_penalty: what training lowers, the only one with a gradient
+    penalty: torch.Tensor  # mean edge_penalty, the only one with a gradient: head_penalty makes it a cost
     expected_edges: torch.Tensor  # mean P(open)
     hard_edges: torch.Tensor  # fraction whose deterministic gate is above zero: the number to quote
     empty_rows: torch.Tensor  # fraction of queries with no open edge

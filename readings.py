@@ -389,7 +389,7 @@ def context(data, row, query, key, length=16):
     return "".join(shown).replace("\n", "↵")
 
 
-def add_losses(cards, model, idx, targets, most_heads=32, most_tokens=2**14):
+def add_losses(cards, model, idx, targets, most_heads=64, most_tokens=2**14):
     """What each head is for: the loss without it."""
     if len(cards) > most_heads:
         return

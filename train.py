@@ -26,7 +26,7 @@ import torch
 
 from constrained import LossBound
 from data.dataset import Dataset
-from gates import GATES
+from gates import GATES, head_penalty
 from model import GPT, GPTConfig
 from support import command_line, ranks
 from support.checkpoints import open_pretrained, save_model
@@ -56,6 +56,7 @@ class TrainConfig:
     # the gates and the bound
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_bias: float = option(5.0, "where gates' biases start; auto: so that edges are open", word="auto")
+    head_price: float = option(0.0, "of a head with open edges, on top of theirs; 0: the paper", at_least=0)
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
     loss_allowance: float = option(0.05, "of the loss on top at first, nats; falls to 0", at_least=0)
     multiplier_max: float = option(20.0, "where the multiplier starts, and its maximum", above=0.001)
@@ -139,7 +140,9 @@ RECIPES = {
 # The step
 
 
-def training_step(model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext):
+def training_step(
+    model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext, head_price=0.0
+):
     """One step of post-training on all weights and gates; with bound=None, of plain training.
 
     batches: this rank's micro-steps, (x, y) each; bound: LossBound on held_out_loss, nats, of which this rank
@@ -151,7 +154,7 @@ def training_step(model, optimizer, batches, bound, grad_clip, held_out_loss=0.0
         with ranks.last_only(model, number == len(batches)):
             with autocast():
                 _, loss, stats = model(x, y, return_stats=True)  # model.train(): the gates are sampled
-            cost = stats.penalty.mean()  # of an edge, over layers, heads and causal pairs
+            cost = head_penalty(stats.penalty, head_price).mean()  # over layers and heads
             objective = loss if bound is None else bound.lagrangian(cost, loss)
             (objective / len(batches)).backward()
         total = total + loss.detach() / len(batches)
@@ -224,8 +227,9 @@ def fit(run, phase, model, steps, weight_decay=0.0, bound=None, held_out=None):
             bound.allowance = allowance_at(step, steps, config)
             held_out_loss = held_out.loss(model, step)
         loss, stats = training_step(
-            forward, optimizer, batches, bound, config.grad_clip, held_out_loss, run.autocast
-        )
+            forward, optimizer, batches, bound, config.grad_clip, held_out_loss, run.autocast,
+            config.head_price,
+        )  # fmt: skip
         run.after_step(step + 1, loss, stats, lr)  # logs, evaluates, saves, and stops if that is wanted
     trained = {**run.end(), "dataset": run.data.name, "seed": config.seed, "code": code_of("model.py")}
     if bound is not None:

@@ -1,5 +1,5 @@
 """
-Edge pruning beside auto-circuit 1.0.1 (PyPI), on the same models, tasks and edges.
+Edge pruning beside auto-circuit 1.0.1, on the same models, tasks and edges.
 
     python experiments/peer.py          needs out/addition/dense.pt and sparse.pt, or --dense=... --sparse=...
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import gates
-from gates import GATES, Bernoulli, HardConcrete, attention_stats, gated_attention
+from gates import GATES, Bernoulli, HardConcrete, attention_stats, gated_attention, head_penalty
 
 BOTH = pytest.mark.parametrize("gate", [HardConcrete(), Bernoulli()], ids=["hard_concrete", "bernoulli"])
 LOG_ALPHAS = [-4.0, -2.4, -1.0, 0.0, 0.7, 3.0]
@@ -174,6 +174,15 @@ def test_statistics_by_hand():
     assert stats.expected_edges.item() == pytest.approx((sigmoid(2) + sigmoid(-1) + sigmoid(1)) / 3)
     assert stats.empty_rows.item() == 0
     assert stats.mass_removed.item() == pytest.approx(0.75 / 2)
+
+
+def test_edges_cost_less_in_one_head_than_shared_out_over_two():
+    edges = torch.tensor([0.0, 0.01, 0.02, 1.0], requires_grad=True)
+    cost = head_penalty(edges, price=0.06)
+    (slope,) = torch.autograd.grad(cost.sum(), edges)
+    assert slope[0].item() == pytest.approx(21) and (slope.diff() < 0).all() and (slope > 1).all()
+    assert cost[0] == 0 and cost[2] < 2 * cost[1]
+    assert torch.equal(head_penalty(edges, price=0.0), edges)
 
 
 @BOTH
