@@ -128,19 +128,22 @@ def attention_edges(circuit, task, bound):
     return len(levels) / len(task.clean), enough / len(task.clean)
 
 
-def curve(model, searched, scored, config):
-    """{way: {figure: number}}, and {way: [(edges, faithfulness on the scored examples), ...]}."""
+def curve(model, searched, scored, config, ways):
+    """Of the rankings named in ways: {way: {figure: number}}, and {way: [(edges, faithfulness on the scored
+    examples), ...]}."""
     problem, other = (Problem(model, *t[:3], config.ablation, config.positions) for t in (searched, scored))
     problem.candidates = other.candidates = problem.candidates | other.candidates
     faithfulness = faithfulness_of(other, scored)
+    rng, how = torch.Generator().manual_seed(config.seed), (config.steps, config.seed, config.batch_size)
     rankings = {
-        "edge pruning": circuits.search(problem, config.bound, config.steps, config.seed, config.batch_size),
-        "attribution": attribution(problem, searched.answers, searched.wrong),
-        "random": torch.rand(problem.candidates.shape, generator=torch.Generator().manual_seed(config.seed)),
+        "edge pruning": lambda: circuits.search(problem, config.bound, *how),
+        "attribution": lambda: attribution(problem, searched.answers, searched.wrong),
+        "random": lambda: torch.rand(problem.candidates.shape, generator=rng),
     }
     everything = attention_edges(problem.circuit(problem.candidates), scored, config.bound)
     found, points = {"all edges": dict(zip(("open", "needed"), everything))}, {}
-    for way, ranking in rankings.items():
+    for way in ways:
+        ranking = rankings[way]()
         explained = other.short_prefix(ranking, lambda mask: faithfulness(mask) >= EXPLAINED)
         found[way] = {
             "edges": int(other.short_prefix(ranking, lambda mask: other.fits(mask, config.bound)).sum()),
@@ -158,15 +161,15 @@ def curve(model, searched, scored, config):
     return found, points
 
 
-def main(argv):
+def main(argv, ways=WAYS):
     config = command_line.parse(CircuitConfig(), argv, __doc__)
     models, _, (searched, scored) = circuits.open_task(config)
     folder = make_folder(config.out_dir or f"out/{config.task[0]}")
     found, points = {}, {}
     for name, model in models.items():
         with evaluating(model):
-            found[name], points[name] = curve(model, searched, scored, config)
-    pairs = product(("all edges", *WAYS), FIGURES)
+            found[name], points[name] = curve(model, searched, scored, config, ways)
+    pairs = product(("all edges", *ways), FIGURES)
     rows = {(way, key): (f"{way}: {FIGURES[key][0]}", FIGURES[key][1]) for way, key in pairs}
     flat = lambda ways: {(way, key): n for way, figures in ways.items() for key, n in figures.items()}
     columns = {name: flat(ways) for name, ways in found.items()}

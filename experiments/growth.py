@@ -5,8 +5,8 @@ Does what a circuit gains grow with the model? Circuits of models of several siz
     python experiments/growth.py out/novels_2 out/novels_4 --task=sentence
 
 Prints a table, and draws the ratios dense / sparse against the number of heads, with the paper's beside them.
-The figures of a folder are those of circuit_curve.py without the sweep; where they are there, of the same
-bound and steps, they are read.
+The figures of a folder are those of circuit_curve.py without the sweep and the random order; where they are
+there, of the same bound and steps, they are read.
 """
 
 import sys
@@ -49,7 +49,7 @@ def figures_of(folder, task, config):
         print(f"{folder}: circuits of {task}", flush=True)
         models = [f"--{name}={folder / name}.pt" for name in ("dense", "sparse")]
         options = [f"--{name}={value}" for name, value in how.items()]
-        circuit_curve.main([task, *models, *options, "--no-sweep", f"--out_dir={path.parent}"])
+        circuit_curve.main([task, *models, *options, "--no-sweep", f"--out_dir={path.parent}"], BOTH)
     return read_json(path)["figures"]
 
 

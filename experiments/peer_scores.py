@@ -30,6 +30,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from model import GPT
 from support.files import read_json
+from support.lens_weights import add_gates
 
 BATCH = 25  # examples per step
 
@@ -42,18 +43,7 @@ def patchable(folder):
     config.pop("nanosparse", None)
     theirs = HookedTransformer(HookedTransformerConfig(**config))
     theirs.load_state_dict(torch.load(folder / "final.pth"))
-    ours, scores = GPT.from_pretrained(folder).requires_grad_(False), {}
-
-    def keep(x, hook):
-        scores[hook.layer()] = x  # (B, H, T, T)
-
-    def apply(pattern, hook):
-        attn = ours.h[hook.layer()].attn
-        return pattern * attn.gate.deterministic(scores[hook.layer()] + attn.gate_bias[:, None, None])
-
-    for block in theirs.blocks if ours.config.gate != "none" else []:  # as in docs/lens.md, but for good
-        block.attn.hook_attn_scores.add_hook(keep, is_permanent=True)
-        block.attn.hook_pattern.add_hook(apply, is_permanent=True)
+    add_gates(theirs, GPT.from_pretrained(folder).requires_grad_(False), is_permanent=True)
     theirs.eval().requires_grad_(False)
     return patchable_model(theirs, factorized=True, separate_qkv=True, slice_output="last_seq")
 

@@ -151,3 +151,20 @@ def write_folder(folder, config, named_tensors):
     with replacing(folder / WEIGHTS) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
     write_json(stored, folder / "config.json")
+
+
+def add_gates(theirs, ours, is_permanent=False):
+    """Apply the gates of ours, a GPT, in the same model of TransformerLens, by hooks: cache["pattern", layer]
+    is then the pattern times the gate. is_permanent: its reset_hooks leaves them."""
+    scores = {}
+
+    def keep(x, hook):
+        scores[hook.layer()] = x  # (B, H, T, T)
+
+    def apply(pattern, hook):
+        attn = ours.h[hook.layer()].attn
+        return pattern * attn.gate.deterministic(scores[hook.layer()] + attn.gate_bias[:, None, None])
+
+    for block in theirs.blocks if ours.config.gate != "none" else []:
+        block.attn.hook_attn_scores.add_hook(keep, is_permanent=is_permanent)
+        block.attn.hook_pattern.add_hook(apply, is_permanent=is_permanent)
