@@ -110,7 +110,7 @@ def mixed(z, delta):
     return torch.einsum("brwt,bwtc->brtc", z, delta)
 
 
-def layer_output(block, z_heads, z_mlp, base, delta, ablated):
+def layer_output(block, z_heads, z_mlp, base, delta, ablated, attend=head_outputs):
     """What a layer's heads and its MLP add to the residual stream, less what they add ablated: (B, H + 1, T,
     C).
 
@@ -123,18 +123,18 @@ def layer_output(block, z_heads, z_mlp, base, delta, ablated):
     qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
     if attn.c_attn.bias is not None:
         qkv = qkv + attn.c_attn.bias.view(3 * H, 1, -1)
-    heads = head_outputs(attn, *qkv.split(H, dim=1)) - ablated[:, :H]
+    heads = attend(attn, *qkv.split(H, dim=1)) - ablated[:, :H]
     base = base + ablated[:, :H].sum(dim=1, keepdim=True)
     mlp = block.mlp(block.ln_2(base + mixed(z_mlp, torch.cat([delta, heads], dim=1))))
     return torch.cat([heads, mlp - ablated[:, H:]], dim=1)
 
 
-def circuit_output(model, idx, z, ablated, known=()):
+def circuit_output(model, idx, z, ablated, known=(), attend=head_outputs):
     """The model with gates on its edges: what the logits read, (B, T, C), and a list of what layer_output
     returns.
 
     idx: (B, T) tokens; z: (B, R, W, P) gates; ablated: (B or 1, W, T, C); known: the beginning of that list,
-    where it need not be computed. A reader gets sum_w z_rw circuit_w + (1 - z_rw) ablated_w, which is what
+    where it need not be computed; attend: in place of head_outputs. A reader gets sum_w z_rw circuit_w + (1 - z_rw) ablated_w, which is what
     closed edges deliver, sum_w ablated_w, plus sum_w z_rw (circuit_w - ablated_w): `base` and the mix of
     `delta`."""
     H, row, written = model.config.n_head, 0, list(known)
@@ -145,7 +145,7 @@ def circuit_output(model, idx, z, ablated, known=()):
         own = ablated[:, n : n + H + 1]
         if layer == len(written):
             z_heads, z_mlp = z[:, row : row + 3 * H, :n], z[:, row + 3 * H : row + 3 * H + 1, : n + H]
-            written.append(layer_output(block, z_heads, z_mlp, base, delta, own))
+            written.append(layer_output(block, z_heads, z_mlp, base, delta, own, attend))
         base = base + own.sum(dim=1, keepdim=True)
         delta = torch.cat([delta, written[layer]], dim=1)
         row += 3 * H + 1

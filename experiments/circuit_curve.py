@@ -15,7 +15,6 @@ import sys
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
 
@@ -88,7 +87,7 @@ def attention_edges(circuit, task, bound):
     def logits(part, factor):
         """The circuit's, (B, K, V), with a factor (L, B, H, T, T) on its attention weights."""
 
-        def head_outputs(attn, q, k, v):
+        def attend(attn, q, k, v):
             scores = causal_scores(q, k)
             weights = scores.softmax(dim=-1) * factor[layer_of[attn]]
             if attn.gate is not None:
@@ -96,8 +95,8 @@ def attention_edges(circuit, task, bound):
             return circuits.projected(attn, weights @ v)
 
         clean = task.clean[part]
-        with mock.patch.object(circuits, "head_outputs", head_outputs):
-            x, _ = circuit_output(model, clean, mask.expand(len(clean), -1, -1, -1), problem.ablated[part])
+        z = mask.expand(len(clean), -1, -1, -1)
+        x, _ = circuit_output(model, clean, z, problem.ablated[part], attend=attend)
         return read_out(model, x, problem.positions[part])
 
     is_open = [reading(circuit, task.clean[part])[1] for part in parts]
