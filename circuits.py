@@ -25,6 +25,7 @@ Shapes: N examples, B in a batch, K answer positions, T tokens, C width, H heads
 W = 1 + L (H + 1) writers, R = L (3 H + 1) + 1 readers. P is 1, or T where every position has its own edges.
 """
 
+import copy
 import json
 import math
 import time
@@ -286,24 +287,26 @@ class Problem:
         return shortest
 
     def hardest_first(self, mask):
-        """Order the examples by the KL of this circuit, so that `fits` stops early on those like it."""
+        """The same problem, its examples in the order of this circuit's KL: `fits` stops early on those like
+        it."""
         logits = torch.cat([logits for logits, _ in self.logits(mask)])
-        order = kl_divergence(self.full, logits).sum(dim=1).argsort(descending=True)
-        self.clean, self.positions, self.full = (t[order] for t in (self.clean, self.positions, self.full))
-        self.ablated = self.ablated if self.ablated_alike else self.ablated[order]
-        self.fitting = None  # was of the order before
+        order, same = kl_divergence(self.full, logits).sum(dim=1).argsort(descending=True), copy.copy(self)
+        same.clean, same.positions, same.full = (t[order] for t in (self.clean, self.positions, self.full))
+        same.ablated = self.ablated if self.ablated_alike else self.ablated[order]
+        same.fitting = None  # is of the order here
+        return same
 
     def swept(self, mask, ranking, bound):
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first,
         and put back where the bound would not hold."""
-        self.hardest_first(mask)
+        problem = self.hardest_first(mask)
         candidates = [edge for edge in self.order(ranking).flip(0).tolist() if mask.view(-1)[edge]]
         for edge in candidates:
             if mask.view(-1)[edge]:  # still there
                 smaller = mask.clone()
                 smaller.view(-1)[edge] = False
                 smaller = self.graph.effective(smaller, self.links)
-                mask = smaller if self.fits(smaller, bound) else mask
+                mask = smaller if problem.fits(smaller, bound) else mask
         return mask
 
     def circuit(self, mask, **found):
@@ -318,15 +321,17 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
     All edges start at log_alpha 3, where a gate is below 1 in a fifth of the draws. Gates are drawn for every
     example, not once per batch: that takes most of the noise out of the KL. The rest of the noise makes the
     sampled KL too large, so the multiplier follows the KL of the deterministic circuit. The loss is the KL in
-    bounds, the cost a sum over edges. Adam forgets squared gradients within some twenty steps (beta2 0.95):
-    the first gradients, of a circuit that still fails, are thousands of times the last. The learning rate
-    falls to a tenth."""
+    bounds, the cost a sum over edges; the price starts where one bound is as dear as all edges, so that those
+    that do not matter close first. It aims at 0.7 bounds: other examples have a larger KL. Adam forgets
+    squared gradients within some twenty steps (beta2 0.95): the first gradients, of a circuit that still
+    fails, are thousands of times the last. The learning rate falls to a tenth."""
     model, device = problem.model, problem.full.device
     generator = torch.Generator(device).manual_seed(seed)
     gate, candidates = GATES["hard_concrete"](), problem.candidates.to(device)
     log_alpha = torch.full(candidates.shape, 3.0, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([log_alpha], lr=learning_rate, betas=(0.9, 0.95))
-    constraint = LossBound(1.0, 1.0, 0.05, decay=0.9, smallest=0.01, largest=10.0)  # on KL / bound
+    n = max(1, int(candidates.sum()))
+    constraint = LossBound(0.7, 1.0, 0.05, decay=0.9, smallest=0.01, largest=n)  # on KL / bound
     everything = (problem.clean, problem.ablated, problem.positions, problem.full)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / steps))

@@ -274,6 +274,7 @@ def test_the_sweep_leaves_no_edge_out_or_in_that_the_definition_would_not(by_pos
         problem.fitting = None
         expected = smaller if problem.fits(smaller, bound) else expected
     assert torch.equal(problem.swept(problem.candidates, ranking, bound), expected)
+    assert torch.equal(problem.clean, given[0]), "whoever goes on with the problem has its examples in order"
     assert expected.sum() < problem.candidates.sum()
 
 
