@@ -20,6 +20,7 @@ from circuits import (
     layer_output,
     read_out,
     scores,
+    search,
 )
 from data.dataset import read_meta
 from data.tasks import Task
@@ -276,6 +277,18 @@ def test_the_sweep_leaves_no_edge_out_or_in_that_the_definition_would_not(by_pos
     assert torch.equal(problem.swept(problem.candidates, ranking, bound), expected)
     assert torch.equal(problem.clean, given[0]), "whoever goes on with the problem has its examples in order"
     assert expected.sum() < problem.candidates.sum()
+
+
+def test_edge_pruning_ranks_better_than_attribution_where_the_answer_hangs_on_many_edges():
+    """If the price of the KL is too low at first, all 479 edges close together, and most have to come back."""
+    model, given = tiny(n_layer=4, n_head=4, n_embd=16), examples(64, length=5)
+    bound, task = bound_of(model, *given), task_of(*given)
+    with evaluating(model):
+        problem = Problem(model, *given)
+        rankings = search(problem, bound, 150, 0, 16), attribution(problem, task.answers, task.wrong)
+        fits = lambda mask: problem.fits(mask, bound)
+        pruned, attributed = (problem.short_prefix(ranking, fits).sum() for ranking in rankings)
+    assert 0 < pruned < attributed * 2 / 3
 
 
 def test_the_same_seed_finds_the_same_circuit():
