@@ -25,7 +25,6 @@ Shapes: N examples, B in a batch, K answer positions, T tokens, C width, H heads
 W = 1 + L (H + 1) writers, R = L (3 H + 1) + 1 readers. P is 1, or T where every position has its own edges.
 """
 
-import copy
 import json
 import math
 import time
@@ -135,9 +134,9 @@ def circuit_output(model, idx, z, ablated, known=(), attend=head_outputs):
     returns.
 
     idx: (B, T) tokens; z: (B, R, W, P) gates; ablated: (B or 1, W, T, C); known: the beginning of that list,
-    where it need not be computed; attend: in place of head_outputs. A reader gets sum_w z_rw circuit_w + (1 - z_rw) ablated_w, which is what
-    closed edges deliver, sum_w ablated_w, plus sum_w z_rw (circuit_w - ablated_w): `base` and the mix of
-    `delta`."""
+    where it need not be computed; attend: in place of head_outputs. A reader gets sum_w z_rw circuit_w +
+    (1 - z_rw) ablated_w, which is what closed edges deliver, sum_w ablated_w, plus sum_w z_rw (circuit_w -
+    ablated_w): `base` and the mix of `delta`."""
     H, row, written = model.config.n_head, 0, list(known)
     base = ablated[:, :1]
     delta = model.embed(idx)[:, None] - base
@@ -252,7 +251,7 @@ class Problem:
 
     def fits(self, mask, bound):
         """Whether the circuit's mean KL over all examples is at most bound. Stops as soon as the sum is too
-        large, and computes no layer again that reads what it read in the last circuit that fitted."""
+        large, and begins at the first layer that reads other than in the last circuit that fitted."""
         known, written, left = None, [], bound * self.positions.numel()
         if self.fitting is not None:
             changed = (mask != self.fitting[0]).flatten(1).any(dim=1).nonzero()  # readers, in order of layers
@@ -286,27 +285,27 @@ class Problem:
                 low = middle
         return shortest
 
-    def hardest_first(self, mask):
-        """The same problem, its examples in the order of this circuit's KL: `fits` stops early on those like
-        it."""
-        logits = torch.cat([logits for logits, _ in self.logits(mask)])
-        order, same = kl_divergence(self.full, logits).sum(dim=1).argsort(descending=True), copy.copy(self)
-        same.clean, same.positions, same.full = (t[order] for t in (self.clean, self.positions, self.full))
-        same.ablated = self.ablated if self.ablated_alike else self.ablated[order]
-        same.fitting = None  # is of the order here
-        return same
+    def reorder(self, order):
+        """Put the examples in another order."""
+        self.clean, self.positions, self.full = (t[order] for t in (self.clean, self.positions, self.full))
+        self.ablated = self.ablated if self.ablated_alike else self.ablated[order]
+        self.fitting = None  # was of the order before
 
     def swept(self, mask, ranking, bound):
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first,
-        and put back where the bound would not hold."""
-        problem = self.hardest_first(mask)
+        and put back where the bound would not hold. Meanwhile the examples with the largest KL come first,
+        so that `fits` stops early."""
+        logits = torch.cat([logits for logits, _ in self.logits(mask)])
+        order = kl_divergence(self.full, logits).sum(dim=1).argsort(descending=True)
+        self.reorder(order)
         candidates = [edge for edge in self.order(ranking).flip(0).tolist() if mask.view(-1)[edge]]
         for edge in candidates:
             if mask.view(-1)[edge]:  # still there
                 smaller = mask.clone()
                 smaller.view(-1)[edge] = False
                 smaller = self.graph.effective(smaller, self.links)
-                mask = smaller if problem.fits(smaller, bound) else mask
+                mask = smaller if self.fits(smaller, bound) else mask
+        self.reorder(order.argsort())
         return mask
 
     def circuit(self, mask, **found):
@@ -321,10 +320,10 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
     All edges start at log_alpha 3, where a gate is below 1 in a fifth of the draws. Gates are drawn for every
     example, not once per batch: that takes most of the noise out of the KL. The rest of the noise makes the
     sampled KL too large, so the multiplier follows the KL of the deterministic circuit. The loss is the KL in
-    bounds, the cost a sum over edges; the price starts where one bound is as dear as all edges, so that those
-    that do not matter close first. It aims at 0.7 bounds: other examples have a larger KL. Adam forgets
-    squared gradients within some twenty steps (beta2 0.95): the first gradients, of a circuit that still
-    fails, are thousands of times the last. The learning rate falls to a tenth."""
+    bounds, the cost a sum over edges; the price of a bound starts at the number of edges, so that those that
+    do not matter close first. The multiplier holds 0.7 bounds, as other examples have a larger KL. Adam
+    forgets squared gradients within some twenty steps (beta2 0.95), since the KL of a circuit that fails is
+    hundreds of times the bound. The learning rate falls to a tenth."""
     model, device = problem.model, problem.full.device
     generator = torch.Generator(device).manual_seed(seed)
     gate, candidates = GATES["hard_concrete"](), problem.candidates.to(device)
