@@ -280,7 +280,7 @@ def test_the_sweep_leaves_no_edge_out_or_in_that_the_definition_would_not(by_pos
 
 
 def test_edge_pruning_ranks_better_than_attribution_where_the_answer_hangs_on_many_edges():
-    """If the price of the KL is too low at first, all 479 edges close together, and most have to come back."""
+    """If the price of the KL is too low at first, all 479 edges close together, and few come back."""
     model, given = tiny(n_layer=4, n_head=4, n_embd=16), examples(64, length=5)
     bound, task = bound_of(model, *given), task_of(*given)
     with evaluating(model):
