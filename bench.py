@@ -101,12 +101,6 @@ def attention_rows(config, shape, backward):
         import fused_attention
 
         rows["fused"] = partial(run, partial(gated, fused_attention.gated_attention), inputs)
-    if find_spec("splash_attention"):  # the paper authors' kernel: Bernoulli; p: what its penalty is made of
-        from splash_attention import splash_attention
-
-        options = (2.0, True, True, False)  # bias, causal, sample, return_map
-        splash = lambda q, k, v: splash_attention(q, k, v, *options)[:2]
-        rows["splash_attention"] = partial(run, splash, inputs[:3])
     return rows
 
 

@@ -25,11 +25,10 @@ Shapes: N examples, B in a batch, K answer positions, T tokens, C width, H heads
 W = 1 + L (H + 1) writers, R = L (3 H + 1) + 1 readers. P is 1, or T where every position has its own edges.
 """
 
-import json
+import copy
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +38,9 @@ from data import tasks
 from gates import GATES, attention_pattern, edge_penalty
 from model import GPT, causal_mask, evaluating
 from support import circuit_report, command_line
-from support.checkpoints import open_pretrained
+from support.checkpoints import check_comparable, open_pretrained
 from support.command_line import UserError, arguments, option
-from support.files import make_folder, write_json
+from support.files import make_folder, read_json, write_json
 from support.graph import Graph, tokens_read
 from support.ranks import find_device
 
@@ -110,46 +109,29 @@ def mixed(z, delta):
     return torch.einsum("brwt,bwtc->brtc", z, delta)
 
 
-def layer_output(block, z_heads, z_mlp, base, delta, ablated, attend=head_outputs):
-    """What a layer's heads and its MLP add to the residual stream, less what they add ablated: (B, H + 1, T,
-    C).
+def circuit_output(model, idx, z, ablated, attend=head_outputs):
+    """The model with gates on its edges: what the logits read, (B, T, C).
 
-    z_heads: (B, 3 H, n, P), gates of the queries, keys and values on the n writers before the layer; z_mlp:
-    (B, 1, n + H, P), of the MLP, on its heads, too; base: (B or 1, 1, T, C), the sum of what these n deliver
-    ablated; delta: (B, n, T, C), what they write in this run, less that; ablated: (B or 1, H + 1, T, C), its
-    own writers'."""
-    attn, H = block.attn, block.attn.n_head
-    h = block.ln_1(base + mixed(z_heads, delta))  # (B, 3H, T, C), each reader its own
-    qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
-    if attn.c_attn.bias is not None:
-        qkv = qkv + attn.c_attn.bias.view(3 * H, 1, -1)
-    heads = attend(attn, *qkv.split(H, dim=1)) - ablated[:, :H]
-    base = base + ablated[:, :H].sum(dim=1, keepdim=True)
-    mlp = block.mlp(block.ln_2(base + mixed(z_mlp, torch.cat([delta, heads], dim=1))))
-    return torch.cat([heads, mlp - ablated[:, H:]], dim=1)
-
-
-def circuit_output(model, idx, z, ablated, known=(), attend=head_outputs):
-    """The model with gates on its edges: what the logits read, (B, T, C), and a list of what layer_output
-    returns.
-
-    idx: (B, T) tokens; z: (B, R, W, P) gates; ablated: (B or 1, W, T, C); known: the beginning of that list,
-    where it need not be computed; attend: in place of head_outputs. A reader gets sum_w z_rw circuit_w +
-    (1 - z_rw) ablated_w, which is what closed edges deliver, sum_w ablated_w, plus sum_w z_rw (circuit_w -
-    ablated_w): `base` and the mix of `delta`."""
-    H, row, written = model.config.n_head, 0, list(known)
+    idx: (B, T) tokens; z: (B, R, W, P) gates; ablated: (B or 1, W, T, C); attend: in place of head_outputs.
+    A reader gets sum_w z_rw circuit_w + (1 - z_rw) ablated_w, which is what closed edges deliver, sum_w
+    ablated_w, plus sum_w z_rw (circuit_w - ablated_w): `base` and the mix of `delta`, both of the writers so
+    far."""
+    H, row = model.config.n_head, 0
     base = ablated[:, :1]
-    delta = model.embed(idx)[:, None] - base
-    for layer, block in enumerate(model.h):
-        n = delta.size(1)
-        own = ablated[:, n : n + H + 1]
-        if layer == len(written):
-            z_heads, z_mlp = z[:, row : row + 3 * H, :n], z[:, row + 3 * H : row + 3 * H + 1, : n + H]
-            written.append(layer_output(block, z_heads, z_mlp, base, delta, own, attend))
-        base = base + own.sum(dim=1, keepdim=True)
-        delta = torch.cat([delta, written[layer]], dim=1)
+    delta = model.embed(idx)[:, None] - base  # (B, n, T, C)
+    for block in model.h:
+        attn, n = block.attn, delta.size(1)
+        heads_ablated, mlp_ablated = ablated[:, n : n + H], ablated[:, n + H : n + H + 1]
+        h = block.ln_1(base + mixed(z[:, row : row + 3 * H, :n], delta))  # (B, 3H, T, C), each reader its own
+        qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
+        if attn.c_attn.bias is not None:
+            qkv = qkv + attn.c_attn.bias.view(3 * H, 1, -1)
+        delta = torch.cat([delta, attend(attn, *qkv.split(H, dim=1)) - heads_ablated], dim=1)
+        base = base + heads_ablated.sum(dim=1, keepdim=True)
+        mlp = block.mlp(block.ln_2(base + mixed(z[:, row + 3 * H : row + 3 * H + 1, : n + H], delta)))
+        delta, base = torch.cat([delta, mlp - mlp_ablated], dim=1), base + mlp_ablated
         row += 3 * H + 1
-    return (base + mixed(z[:, row:], delta))[:, 0], written
+    return (base + mixed(z[:, row:], delta))[:, 0]
 
 
 def read_out(model, x, positions=None):
@@ -189,7 +171,7 @@ class Circuit:
         everywhere = torch.arange(clean.size(1), device=clean.device).expand_as(clean)
         with evaluating(self.model):
             problem = Problem(self.model, clean, corrupted, everywhere, self.ablation, self.by_position)
-            return torch.cat([logits for logits, _ in problem.logits(self.mask(clean.size(1)))])
+            return torch.cat([*problem.logits(self.mask(clean.size(1)))])
 
     def save(self, path):
         """Write everything but the model as JSON."""
@@ -200,7 +182,7 @@ class Circuit:
     def load(cls, path, model):
         """What save wrote, as a circuit of model. Raises UserError for another file or another model."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path)
             edges = {tuple(edge) for edge in content.pop("edges")}
             circuit = cls(model, edges, **content)
             circuit.mask(model.config.block_size)
@@ -221,8 +203,7 @@ class Problem:
         self.model, self.clean, self.ablation, self.by_position = model, clean, ablation, by_position
         self.positions = positions.view(len(positions), -1)
         self.graph = graph_of(model)
-        ablated = ablated_writers(model, corrupted, ablation)
-        self.ablated_alike, self.ablated = len(ablated) == 1, ablated.expand(len(clean), -1, -1, -1)
+        self.ablated = ablated_writers(model, corrupted, ablation).expand(len(clean), -1, -1, -1)
         pairs = zip(clean.split(CHUNK), self.positions.split(CHUNK))
         full = [read_out(model, all_writers(model, idx).sum(dim=1), p) for idx, p in pairs]
         self.full = torch.cat(full)  # (N, K, V)
@@ -237,32 +218,23 @@ class Problem:
         if by_position:
             candidates[-1] &= torch.isin(torch.arange(P), self.positions.cpu())
         self.candidates = self.graph.effective(candidates, self.links)  # the others make no difference
-        self.fitting = None  # the last mask that fitted, and what its layers wrote, a list per chunk
 
-    def logits(self, mask, known=None):
-        """(logits (B, K, V), what the layers wrote) of a circuit, for one chunk of examples after the other.
-        known: such lists of layers, one per chunk, to begin with."""
+    def logits(self, mask):
+        """A circuit's logits (B, K, V), for one chunk of examples after the other."""
         z = mask.to(self.ablated.device, self.ablated.dtype)
-        for i, idx in enumerate(self.clean.split(CHUNK)):
-            part = slice(i * CHUNK, (i + 1) * CHUNK)
-            z_chunk, layers = z.expand(len(idx), -1, -1, -1), known[i] if known else ()
-            x, layers = circuit_output(self.model, idx, z_chunk, self.ablated[part], layers)
-            yield read_out(self.model, x, self.positions[part]), layers
+        examples = self.clean, self.ablated, self.positions
+        for idx, ablated, positions in zip(*(t.split(CHUNK) for t in examples)):
+            x = circuit_output(self.model, idx, z.expand(len(idx), -1, -1, -1), ablated)
+            yield read_out(self.model, x, positions)
 
     def fits(self, mask, bound):
         """Whether the circuit's mean KL over all examples is at most bound. Stops as soon as the sum is too
-        large, and begins at the first layer that reads other than in the last circuit that fitted."""
-        known, written, left = None, [], bound * self.positions.numel()
-        if self.fitting is not None:
-            changed = (mask != self.fitting[0]).flatten(1).any(dim=1).nonzero()  # readers, in order of layers
-            same = self.graph.layer_of(int(changed[0])) if len(changed) else len(self.graph.layers)
-            known = [layers[:same] for layers in self.fitting[1]]
-        for full, (logits, layers) in zip(self.full.split(CHUNK), self.logits(mask, known)):
+        large."""
+        left = bound * self.positions.numel()
+        for full, logits in zip(self.full.split(CHUNK), self.logits(mask)):
             left -= kl_divergence(full, logits).sum().item()
-            written.append(layers)
             if not left >= 0:  # nor if it is not a number
                 return False
-        self.fitting = mask, written
         return True
 
     def order(self, ranking):
@@ -285,27 +257,21 @@ class Problem:
                 low = middle
         return shortest
 
-    def reorder(self, order):
-        """Put the examples in another order."""
-        self.clean, self.positions, self.full = (t[order] for t in (self.clean, self.positions, self.full))
-        self.ablated = self.ablated if self.ablated_alike else self.ablated[order]
-        self.fitting = None  # was of the order before
-
     def swept(self, mask, ranking, bound):
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first,
-        and put back where the bound would not hold. Meanwhile the examples with the largest KL come first,
-        so that `fits` stops early."""
-        logits = torch.cat([logits for logits, _ in self.logits(mask)])
-        order = kl_divergence(self.full, logits).sum(dim=1).argsort(descending=True)
-        self.reorder(order)
+        and put back where the bound would not hold. The examples with the largest KL come first, so that
+        `fits` stops early."""
+        kl = kl_divergence(self.full, torch.cat([*self.logits(mask)])).sum(dim=1)
+        hardest, order = copy.copy(self), kl.argsort(descending=True)
+        for name in ("clean", "positions", "full", "ablated"):
+            setattr(hardest, name, getattr(self, name)[order])
         candidates = [edge for edge in self.order(ranking).flip(0).tolist() if mask.view(-1)[edge]]
         for edge in candidates:
             if mask.view(-1)[edge]:  # still there
                 smaller = mask.clone()
                 smaller.view(-1)[edge] = False
                 smaller = self.graph.effective(smaller, self.links)
-                mask = smaller if self.fits(smaller, bound) else mask
-        self.reorder(order.argsort())
+                mask = smaller if hardest.fits(smaller, bound) else mask
         return mask
 
     def circuit(self, mask, **found):
@@ -338,7 +304,7 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
         clean, ablated, positions, full = (t[rows] for t in everything)
 
         def loss_of(z):
-            x, _ = circuit_output(model, clean, z * candidates, ablated)
+            x = circuit_output(model, clean, z * candidates, ablated)
             return kl_divergence(full, read_out(model, x, positions)).mean() / bound
 
         u = torch.rand(batch_size, *candidates.shape, generator=generator, device=device)
@@ -387,7 +353,7 @@ def scores(circuit, task):
     with evaluating(circuit.model):
         problem = Problem(circuit.model, task.clean, task.corrupted, task.positions, circuit.ablation)
         mask = circuit.mask(task.clean.size(1))
-        logits, empty = (torch.cat([x for x, _ in problem.logits(m)]) for m in (mask, torch.zeros_like(mask)))
+        logits, empty = (torch.cat([*problem.logits(m)]) for m in (mask, torch.zeros_like(mask)))
     answers, wrong, full = task.answers, task.wrong, problem.full
     mean = lambda values: values.cpu().double().mean().item()
     accuracy = lambda logits: mean((logits.argmax(dim=-1) == answers).all(dim=1))
@@ -417,7 +383,7 @@ class CircuitConfig:
     task: tuple = arguments("one task, such as addition", 1, 1)
     dense: str = option("", "the dense model; empty: out/<task>/dense.pt; of carry, out/addition/dense.pt")
     sparse: str = option("", "the sparse model, likewise")
-    data: str = option("", "your own examples, JSON lines: clean, corrupted, answer, perhaps wrong_answer")
+    data: str = option("", "your own examples, JSON lines: clean, corrupted, answer, wrong_answer")
     data_dir: str = option("data", "where the datasets are")
     out_dir: str = option("", "where to write; empty: out/<task>")
     examples: int = option(0, "pairs of prompts to search on, and others to score on; 0: by task", at_least=0)
@@ -437,10 +403,7 @@ def open_task(config):
     name, device = config.task[0], find_device(config.device)
     files = [getattr(config, n) or f"out/{tasks.home(name)}/{n}.pt" for n in ("dense", "sparse")]
     dense, sparse = map(open_pretrained, files)
-    shapes = [[s.model_config[key] for key in ("n_layer", "n_head")] for s in (dense, sparse)]
-    tokens = [[s.tokenizer.get(key) for key in ("vocab_size", "characters")] for s in (dense, sparse)]
-    if shapes[0] != shapes[1] or tokens[0] != tokens[1]:
-        raise UserError(f"{dense.name} and {sparse.name} differ in shape or tokens: compare two of one model")
+    check_comparable(dense, sparse)
     models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
     given = (name, config.data, models["dense"].config, dense.tokenizer, 2 * config.examples, config.seed)
     aligned = config.positions or config.ablation == "mean"

@@ -393,8 +393,8 @@ def add_losses(cards, model, idx, targets, most_heads=64, most_tokens=2**14):
     """What each head is for: the loss without it."""
     if len(cards) > most_heads:
         return
-    n = max(1, most_tokens // idx.size(1))
-    idx, targets = idx[:n], targets[:n]
+    every = -(-idx.numel() // most_tokens)
+    idx, targets = idx[::every], targets[::every]
     before = mean_loss(model, idx, targets)
     for card in cards:
         with forced(model, {Edge(card.layer, card.head): False}):

@@ -22,7 +22,7 @@ from data.tokenizer import tokenizer_of
 from model import GPT
 from readings import forced, parse_forces, read_heads, roles_of, words_of
 from support import command_line, pictures
-from support.checkpoints import open_pretrained
+from support.checkpoints import check_comparable, open_pretrained
 from support.command_line import UserError, arguments, option
 from support.ranks import find_device
 from support.report import evaluate, table
@@ -96,16 +96,6 @@ def generate(config, source, model):
         texts = model.generate(idx, n_new, 0.0 if answer_start else config.temperature, config.top_k or None)
         print("\n".join(map(tokenizer.decode, texts.tolist())))
     return texts[:, :block_size] if answer_start else idx
-
-
-def check_comparable(a, b):
-    """Raise UserError if the tokens or the heads of two Pretrained models do not match."""
-    if any(a.tokenizer.get(key) != b.tokenizer.get(key) for key in ("tokenizer", "vocab_size", "characters")):
-        raise UserError(f"{a.name} and {b.name} know different tokens: compare models of one dataset")
-    for key in ("n_layer", "n_head", "block_size"):
-        if a.model_config[key] != b.model_config[key]:
-            sizes = f"{a.name} has {key} {a.model_config[key]}, {b.name} has {b.model_config[key]}"
-            raise UserError(f"{sizes}: compare models of one shape")
 
 
 def main(argv):

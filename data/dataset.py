@@ -6,13 +6,13 @@ example_length and answer_start: then the files are whole examples, one after th
 is to be predicted.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from support.command_line import UserError
+from support.files import read_json
 
 EVALUATED = 1 << 20  # tokens of a split that `sequential` takes at most, evenly spread
 
@@ -131,7 +131,7 @@ def read_meta(folder):
             command = MAKE_COMMANDS.get(folder.name, own)
             raise UserError(f"{folder / name} is missing: run `python data/prepare.py {command}`")
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "meta.json")
         n = len(meta["characters"]) if meta["tokenizer"] == "char" else meta["vocab_size"]
         if meta["tokenizer"] in ("char", "byte", "gpt2") and 0 < meta["vocab_size"] == n <= 65536:
             return meta

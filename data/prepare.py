@@ -46,19 +46,8 @@ class Options:
 
 
 @dataclass
-class Addition(Options):
-    name = "addition"  # of the folder; without a type, so that it is no option
-
-
-@dataclass
-class Recall(Options):
-    name = "recall"
-
-
-@dataclass
 class Shakespeare(Options):
     file: str = option("", "a local copy of the text; empty: download it")
-    name = "shakespeare_char"
 
 
 @dataclass
@@ -66,7 +55,6 @@ class OpenWebText(Options):
     subsets: int = option(21, "how many of the 21 archives, 430 million tokens each", at_least=1, below=22)
     folder: str = option("", "local copies of the archives; empty: download them")
     val_fraction: float = option(0.0005, "of the documents, held out for validation", above=0, below=1)
-    name = "openwebtext"
 
 
 @dataclass
@@ -272,8 +260,10 @@ def read_examples(path):
     return pairs
 
 
-KINDS = (Addition, Recall, Shakespeare, Text, Examples, OpenWebText)
-COMMANDS = {kind.__name__.lower(): kind for kind in KINDS}
+COMMANDS = {
+    "addition": Options, "recall": Options, "shakespeare": Shakespeare, "text": Text, "examples": Examples,
+    "openwebtext": OpenWebText,
+}  # fmt: skip
 
 
 def main(argv):
@@ -284,7 +274,8 @@ def main(argv):
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}: choose one of {', '.join(COMMANDS)}")
     options = command_line.parse(COMMANDS[command](), argv, f"{__doc__}\n{command},")
-    folder = Path(options.data_dir) / options.name
+    name = "shakespeare_char" if command == "shakespeare" else getattr(options, "name", command)
+    folder = Path(options.data_dir) / name
     if command == "addition":  # the task is finite: both splits hold all of it
         pairs = [(f"{a:02d}+{b:02d}=", f"{a + b:03d}") for a in range(100) for b in range(100)]
         roles = "tens of a,ones of a,+,tens of b,ones of b,=,hundreds,tens,ones".split(",")

@@ -14,10 +14,9 @@ tokens, such as GPT-2:
 
     ioi           " Mary and John went to the shop, John gave a drink to" -> " Mary", not " John"
     greater_than  "The war lasted from the year 1743 to the year 17" -> any of 44 .. 99, not less
-    pronoun       "So Mary is such a good friend, isn't" -> " she", not " he"
     induction     random tokens, of which a piece comes again: what followed it the first time?
 
-(Wang et al. 2022; Hanna et al. 2023; Mathwin et al. 2023; Olsson et al. 2022)
+(Wang et al. 2022; Hanna et al. 2023; Olsson et al. 2022)
 `from_file` reads one's own from JSON lines.
 """
 
@@ -175,17 +174,14 @@ def changed_character(data, rng, pattern, other):
 # ------------------------------------------------------------------------------------------------------------
 # From templates
 
-NAMES = {
-    "he": "John James Robert Michael David William Richard Joseph Thomas Charles Paul Mark George Steven "
-          "Kevin Peter".split(),
-    "she": "Mary Linda Jennifer Elizabeth Susan Jessica Sarah Karen Nancy Lisa Anna Laura Emily Alice "
-           "Rachel Kate".split(),
-}  # fmt: skip
+NAMES = (
+    "John James Robert Michael David William Richard Joseph Thomas Charles Paul Mark George Steven Kevin "
+    "Peter Mary Linda Jennifer Elizabeth Susan Jessica Sarah Karen Nancy Lisa Anna Laura Emily Alice Rachel "
+    "Kate"
+).split()
 PLACES = "store park school office station hospital restaurant garden beach library market house".split()
 THINGS = "book drink ring ball key letter card pen gift hat coat flower".split()
 EVENTS = "war siege strike trial voyage plague famine project festival rebellion journey expedition".split()
-TRAITS = "good great nice kind brave clever funny strong".split()
-ROLES = "friend person student teacher writer player singer neighbour dancer reader".split()
 IOI_FRAMES = [
     "When{0} and{1} went to the{place},{2} gave a{thing} to",
     "Then,{0} and{1} were at the{place}, and{2} handed a{thing} to",
@@ -195,7 +191,7 @@ IOI_FRAMES = [
 
 def ioi(tokenizer, rng):
     """Indirect object identification, ABBA and BABA. The corrupted prompt has three other names."""
-    names = [f" {name}" for name in NAMES["he"] + NAMES["she"]]
+    names = [f" {name}" for name in NAMES]
     receiver, giver, *others = rng.choice(names, 5, replace=False)
     frame, place, thing = rng.choice(IOI_FRAMES), f" {rng.choice(PLACES)}", f" {rng.choice(THINGS)}"
     first, second = (receiver, giver) if rng.random() < 0.5 else (giver, receiver)
@@ -213,16 +209,7 @@ def greater_than(tokenizer, rng):
     return frame.format(start), frame.format(early), f"{answer:02d}", f"{wrong:02d}"
 
 
-def pronoun(tokenizer, rng):
-    """The pronoun of a name. The corrupted prompt has a name of the other gender."""
-    he, she = (rng.choice(NAMES[gender]) for gender in ("he", "she"))
-    frame = f"So {{}} is such a {rng.choice(TRAITS)} {rng.choice(ROLES)}, isn't"
-    pair = [(frame.format(he), " he"), (frame.format(she), " she")]
-    (clean, answer), (corrupted, wrong) = pair if rng.random() < 0.5 else pair[::-1]
-    return clean, corrupted, answer, wrong
-
-
-TEMPLATES = {"ioi": ioi, "greater_than": greater_than, "pronoun": pronoun}
+TEMPLATES = {"ioi": ioi, "greater_than": greater_than}
 
 
 def from_template(name, tokenizer, n, seed):
@@ -275,25 +262,17 @@ KEYS = ["clean", "corrupted", "answer", "wrong_answer"]
 
 
 def from_file(path, tokenizer):
-    """One example per line, a JSON object of texts by KEYS; where the last is left out, it is another line's
-    answer. Raises UserError that names the first bad line."""
+    """One example per line, a JSON object of texts by KEYS. Raises UserError, of the first bad line."""
     examples = []
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
         try:
             record = json.loads(line)
-            keys = KEYS if "wrong_answer" in record else KEYS[:3]
-            clean, corrupted, *answers = (tokenizer.encode("" + record[key]).tolist() for key in keys)
-            if not clean or len(clean) != len(corrupted) or any(len(answer) != 1 for answer in answers):
-                lengths = [len(tokens) for tokens in (clean, corrupted, *answers)]
+            clean, corrupted, answer, wrong = (tokenizer.encode("" + record[key]).tolist() for key in KEYS)
+            lengths = [len(tokens) for tokens in (clean, corrupted, answer, wrong)]
+            if not clean or lengths != [len(clean)] * 2 + [1, 1]:
                 raise ValueError(f"the texts have {lengths} tokens")
         except (ValueError, KeyError, TypeError) as error:
-            wanted = "write a JSON object with clean and corrupted, equally long, and an answer of one token"
+            wanted = "write a JSON object with clean and corrupted, equally long, and answers of one token"
             raise UserError(f"{path} line {number}: {error!s:.80}: {wanted}")
-        examples.append([clean, corrupted, *(answer for (answer,) in answers)])
-    answers = [example[2] for example in examples]
-    for number, example in enumerate(examples, start=1):
-        if len(example) == 3:
-            example += [answer for answer in answers[number:] + answers[:number] if answer != example[2]][:1]
-        if len(example) == 3:
-            raise UserError(f"{path} line {number} has no wrong_answer, no line another answer: add one")
+        examples.append((clean, corrupted, answer[0], wrong[0]))
     return stacked(examples)

@@ -29,6 +29,7 @@ from support.command_line import UserError
 from support.files import make_folder, write_json
 from support.graph import reading
 from support.report import side_by_side
+from support.runs import code_of
 
 EXPLAINED = 0.9
 WAYS = ("edge pruning", "attribution", "random")
@@ -50,7 +51,7 @@ def attribution(problem, answers, wrong):
     for clean, ablated, positions, answer, other in zip(*(t.split(32) for t in everything)):
         with torch.enable_grad():
             z.requires_grad_()
-            x, _ = circuit_output(problem.model, clean, z.expand(len(clean), -1, -1, -1), ablated)
+            x = circuit_output(problem.model, clean, z.expand(len(clean), -1, -1, -1), ablated)
             difference = logit_difference(read_out(problem.model, x, positions), answer, other)
             total = total + torch.autograd.grad(difference.sum(), z)[0]
     return total.abs()
@@ -59,7 +60,7 @@ def attribution(problem, answers, wrong):
 def faithfulness_of(problem, task):
     """A function: mask -> the fraction of the task's logit difference that the circuit keeps."""
     m = lambda logits: logit_difference(logits, task.answers, task.wrong).mean().item()
-    of = lambda mask: m(torch.cat([logits for logits, _ in problem.logits(mask)]))
+    of = lambda mask: m(torch.cat([*problem.logits(mask)]))
     full, empty = m(problem.full), of(torch.zeros_like(problem.candidates))
     if abs(full - empty) < 1e-6:
         raise UserError("closing all edges changes no answer: there is nothing to explain, give another task")
@@ -74,57 +75,59 @@ def components(problem, mask):
 
 def attention_edges(circuit, task, bound):
     """(open, enough): attention edges (layer, head, query, key) of the circuit's heads, means per prompt.
-
-    Edges are ranked over all prompts by what closing each changes in the answer's logit (less the mean of all
-    logits), to first order. As few of the first are enough as change the circuit's predictions by a KL of at
-    most bound nats with the others set to zero. So a dense model's edges count like a sparse one's."""
+    open: those that queries up to the last answer may read by. enough: as few of them, with the others set to
+    zero, as change the circuit's predictions by a mean KL of at most bound, by the better of two rankings:
+    how much an edge changes the answers' logits to first order, or its weight."""
     model, T = circuit.model, task.clean.size(1)
     problem = Problem(model, *task[:3], circuit.ablation)
     mask = circuit.mask(T).to(problem.ablated)
-    layer_of = {block.attn: layer for layer, block in enumerate(model.h)}
     parts = [slice(i, i + circuits.CHUNK) for i in range(0, len(task.clean), circuits.CHUNK)]
 
-    def logits(part, factor):
-        """The circuit's, (B, K, V), with a factor (L, B, H, T, T) on its attention weights."""
+    def run(part, factor):
+        """The circuit's logits, (B, K, V), with a factor (L, B, H, T, T) on its attention weights, and these
+        weights, of the same shape."""
+        seen = []  # a layer's weights after the other's
 
         def attend(attn, q, k, v):
             scores = causal_scores(q, k)
-            weights = scores.softmax(dim=-1) * factor[layer_of[attn]]
+            weights = scores.softmax(dim=-1) * factor[len(seen)]
             if attn.gate is not None:
                 weights = weights * attn.gate.deterministic(scores + attn.gate_bias[:, None, None])
+            seen.append(weights)
             return circuits.projected(attn, weights @ v)
 
         clean = task.clean[part]
         z = mask.expand(len(clean), -1, -1, -1)
-        x, _ = circuit_output(model, clean, z, problem.ablated[part], attend=attend)
-        return read_out(model, x, problem.positions[part])
+        x = circuit_output(model, clean, z, problem.ablated[part], attend=attend)
+        return read_out(model, x, problem.positions[part]), torch.stack(seen)
 
-    is_open = [reading(circuit, task.clean[part])[1] for part in parts]
-    whole, effects = [], []
-    for part, edges in zip(parts, is_open):
+    is_open, whole, rankings = [], [], {"effect": [], "weight": []}
+    for part in parts:
+        edges = reading(circuit, task.clean[part])[1]
         queries = torch.arange(T, device=edges.device) <= task.positions[part].amax(dim=1, keepdim=True)
         edges &= queries[:, None, :, None]
         with torch.enable_grad():
             factor = edges.float().requires_grad_()
-            full = logits(part, factor)
+            full, weights = run(part, factor)
             answers = full.gather(2, task.answers[part][:, :, None])[..., 0] - full.mean(dim=2)
-            effects.append(torch.autograd.grad(answers.sum(), factor)[0].abs())
+            rankings["effect"].append(torch.autograd.grad(answers.sum(), factor)[0].abs())
+        rankings["weight"].append(weights.detach())
+        is_open.append(edges)
         whole.append(full.detach())
-    levels = torch.cat([e[o] for e, o in zip(effects, is_open)]).sort().values
 
-    def fits(smallest):
-        kl = [
-            kl_divergence(full, logits(part, (o & (e >= smallest)).float()))
-            for part, full, e, o in zip(parts, whole, effects, is_open)
-        ]
-        return torch.cat(kl).mean() <= bound
+    def enough(ranking):
+        """How many edges of a ranking are enough, in all prompts together: bisection."""
+        levels = torch.cat([e[o] for e, o in zip(ranking, is_open)]).sort().values
+        low, high = 0, len(levels)  # levels[low] may be the smallest, levels[high] not
+        while high - low > 1:
+            middle = (low + high) // 2
+            kept = [(o & (e >= levels[middle])).float() for e, o in zip(ranking, is_open)]
+            kl = [kl_divergence(full, run(part, k)[0]) for part, full, k in zip(parts, whole, kept)]
+            low, high = (middle, high) if torch.cat(kl).mean() <= bound else (low, middle)
+        return (levels >= levels[low]).sum().item() if len(levels) else 0
 
-    low, high = 0, len(levels)  # levels[low] may be the smallest, levels[high] not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(levels[middle]) else (low, middle)
-    enough = (levels >= levels[low]).sum().item() if len(levels) else 0
-    return len(levels) / len(task.clean), enough / len(task.clean)
+    n_open, n = sum(edges.sum().item() for edges in is_open), len(task.clean)
+    return n_open / n, min(map(enough, rankings.values())) / n
 
 
 def curve(model, searched, scored, config, ways):
@@ -173,7 +176,8 @@ def main(argv, ways=WAYS):
     flat = lambda ways: {(way, key): n for way, figures in ways.items() for key, n in figures.items()}
     columns = {name: flat(ways) for name, ways in found.items()}
     print("\n".join(side_by_side(columns, rows, 37)))
-    write_json({"config": asdict(config), "figures": found, "points": points}, folder / "circuits_curve.json")
+    of = {"config": asdict(config), "code": code_of("circuits.py")}
+    write_json({**of, "figures": found, "points": points}, folder / "circuits_curve.json")
     print(f"\nwrote {pictures.save(pictures.curve_figure(points), folder / 'circuits_curve.png')}")
 
 

@@ -6,21 +6,23 @@ Does what a circuit gains grow with the model? Circuits of models of several siz
 
 Prints a table, and draws the ratios dense / sparse against the number of heads, with the paper's beside them.
 The figures of a folder are those of circuit_curve.py without the sweep and the random order; where they are
-there, of the same bound and steps, they are read.
+there, of these models, of the same settings and the same circuits.py, they are read.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
 
+from circuits import CircuitConfig
 from experiments import circuit_curve
 from support import command_line, pictures
 from support.command_line import arguments, option
 from support.files import read_json
 from support.report import read_summary, side_by_side
+from support.runs import code_of
 
 BOTH = ("edge pruning", "attribution")
 MEASURES = {  # as in circuit_curve: what is counted, and the rankings, of which the better counts
@@ -43,13 +45,16 @@ class GrowthConfig:
 
 def figures_of(folder, task, config):
     """circuit_curve's figures of a folder's two models, {dense, sparse: {way: {figure: number}}}."""
-    path = folder / task / "circuits_curve.json"
-    how = {"bound": config.bound, "steps": config.steps}
-    if not path.is_file() or not how.items() <= read_json(path).get("config", {}).items():
+    path, models = folder / task / "circuits_curve.json", [folder / "dense.pt", folder / "sparse.pt"]
+    how = asdict(CircuitConfig(bound=config.bound, steps=config.steps, sweep=False))
+    how = {key: how[key] for key in ("bound", "steps", "sweep", "ablation", "examples", "batch_size", "seed")}
+    found = read_json(path) if path.is_file() else {"config": {}}
+    is_same = how.items() <= found["config"].items() and found.get("code") == code_of("circuits.py")
+    if not is_same or any(model.stat().st_mtime > path.stat().st_mtime for model in models):
         print(f"{folder}: circuits of {task}", flush=True)
-        models = [f"--{name}={folder / name}.pt" for name in ("dense", "sparse")]
-        options = [f"--{name}={value}" for name, value in how.items()]
-        circuit_curve.main([task, *models, *options, "--no-sweep", f"--out_dir={path.parent}"], BOTH)
+        files = [f"--dense={models[0]}", f"--sparse={models[1]}", f"--out_dir={path.parent}"]
+        options = [f"--bound={config.bound}", f"--steps={config.steps}", "--no-sweep"]
+        circuit_curve.main([task, *files, *options], BOTH)
     return read_json(path)["figures"]
 
 

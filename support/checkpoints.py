@@ -5,7 +5,6 @@ A checkpoint holds tensors and plain values only, and is loaded without running 
 """
 
 import dataclasses
-import json
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from support import gpt2_weights, lens_weights
 from support.command_line import UserError
 from support.files import download as fetch
-from support.files import replacing
+from support.files import read_json, replacing
 
 HUB = "https://huggingface.co"
 MODELS = {name: (f"openai-community/{name}", gpt2_weights.SAFETENSORS) for name in gpt2_weights.MODELS}
@@ -68,6 +67,16 @@ def open_pretrained(source):
     return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors, *parts)
 
 
+def check_comparable(a, b):
+    """Raise UserError if the tokens or the heads of two Pretrained models do not match."""
+    if any(a.tokenizer.get(key) != b.tokenizer.get(key) for key in ("tokenizer", "vocab_size", "characters")):
+        raise UserError(f"{a.name} and {b.name} know different tokens: compare models of one dataset")
+    for key in ("n_layer", "n_head"):
+        if a.model_config[key] != b.model_config[key]:
+            sizes = f"{a.name} has {key} {a.model_config[key]}, {b.name} has {b.model_config[key]}"
+            raise UserError(f"{sizes}: compare models of one shape")
+
+
 def tokens_of(folder, config):
     """What the tokens of a folder's model mean: a dataset's meta.json beside it, else GPT-2's tokens if they
     are as many. Sets the padding in config, GPTConfig's fields, after meta.json."""
@@ -75,7 +84,7 @@ def tokens_of(folder, config):
     if not path.is_file():
         return {"tokenizer": "gpt2" if n_tokens == 50257 else "unknown", "vocab_size": n_tokens}
     with gpt2_weights.damage_named(path):
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path)
         config["padding"] = config["vocab_size"] - meta["vocab_size"]
     return meta
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ def read_text(path):
 
 
 def read_json(path):
-    """What write_json wrote."""
+    """The plain values of a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -68,10 +69,8 @@ def download(url, path):
         try:
             with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as file:
                 size = int(response.headers.get("Content-Length", 0))
-                with tqdm(total=size or None, unit="B", unit_scale=True, leave=False) as bar:
-                    while data := response.read(1 << 20):
-                        file.write(data)
-                        bar.update(len(data))
+                with tqdm.wrapattr(response, "read", total=size or None, leave=False) as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
                 if file.tell() < size:
                     raise OSError("the connection ended early")
         except OSError as error:

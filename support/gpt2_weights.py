@@ -7,7 +7,6 @@ layers of a block are stored (in, out), transposed. Safetensors are read one at 
 once while it loads.
 """
 
-import json
 import re
 import shutil
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import safetensors.torch
 import torch
 
 from support.command_line import UserError
-from support.files import make_folder, replacing, write_json
+from support.files import make_folder, read_json, replacing, write_json
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
@@ -44,7 +43,7 @@ def read_settings(folder):
     if not path.is_file():
         raise UserError(f"{path} is missing: give a folder with config.json and {SAFETENSORS} or {BIN}")
     with damage_named(path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
 
 
 def read_sizes(path, stored, sizes):
@@ -97,7 +96,7 @@ def weight_files(folder):
     if found.suffix != ".json":
         return [found]
     with damage_named(found):
-        parts = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
+        parts = read_json(found)["weight_map"].values()
     return [folder / Path(name).name for name in dict.fromkeys(parts)]
 
 

@@ -23,10 +23,6 @@ class Graph:
         before.append(len(self.writers))
         self.edges = torch.arange(len(self.writers)) < torch.tensor(before)[:, None]
 
-    def layer_of(self, reader):
-        """The layer of a reader, by its number; of the logits, the number of layers."""
-        return reader // (3 * self.n_head + 1)
-
     def effective(self, mask, links):
         """The edges of mask that lie on a path from the embedding to the logits. mask: (R, W, P) bool, the
         open edges; links: (L, H, P, P) bool, where a head lets its query position read its key position."""

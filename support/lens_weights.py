@@ -10,7 +10,6 @@ import math
 import re
 import zipfile
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -89,12 +88,11 @@ def read_folder(folder, stored):
 
 def read_state(folder):
     """The state dict of a folder. Raises UserError."""
-    found = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".pth", ".pt")]
-    found = [path for path in found if path.name == WEIGHTS] or found
-    if len(found) != 1:
-        raise UserError(f"{folder} has {len(found)} files .pth or .pt: give it one, or name one {WEIGHTS}")
-    with damage_named(found[0]):
-        state = torch.load(found[0], "cpu", weights_only=True, mmap=zipfile.is_zipfile(found[0]))
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give a folder with config.json and {WEIGHTS}")
+    with damage_named(path):
+        state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         if any(not isinstance(tensor, torch.Tensor) for tensor in state.values()):
             raise TypeError
     return state

@@ -11,7 +11,6 @@ from data import dataset, prepare
 from data.dataset import Dataset
 from data.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, tokenizer_of
 from support.command_line import UserError
-from tests.conftest import ROOT
 from tests.letters import Letters, split_texts
 
 

@@ -1,8 +1,9 @@
 """The studies, on models so small that only their bookkeeping shows."""
 
 import json
+import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import model
-from circuits import Circuit
+from circuits import Circuit, CircuitConfig
 from data import prepare
 from data.dataset import read_meta
 from data.tasks import Task
@@ -23,6 +24,7 @@ from support.checkpoints import save_model
 from support.command_line import UserError
 from support.files import read_json
 from support.graph import Graph
+from support.runs import code_of
 from tests.conftest import ROOT
 from tests.planted import T, previous_token
 from tests.test_model import tiny
@@ -52,7 +54,7 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
 
 def test_growth_reads_the_figures_that_are_there(program, tmp_path):
     """The table's ratios are those of the folders' circuits; a folder without a run is refused."""
-    how = {"bound": 0.01, "steps": 400}
+    how = asdict(CircuitConfig(bound=0.01, sweep=False))
     for n, edges in ((2, 30), (3, 60)):
         folder = tmp_path / f"n{n}"
         (folder / "sums").mkdir(parents=True)
@@ -64,7 +66,10 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
         both = {"dense": ways, "sparse": {way: figures | {"edges": 10, "explained": 5} for way in ways}}
         for name, needed in (("dense", 200.0), ("sparse", 25.0)):
             both[name] = both[name] | {"all edges": {"open": 300.0, "needed": needed}}
-        (folder / "sums" / "circuits_curve.json").write_text(json.dumps({"config": how, "figures": both}))
+        for name in ("dense.pt", "sparse.pt"):
+            (folder / name).write_text("")
+        found = {"config": how, "code": code_of("circuits.py"), "figures": both}
+        (folder / "sums" / "circuits_curve.json").write_text(json.dumps(found))
     argv = [f"{tmp_path}/n2", f"{tmp_path}/n3", f"--picture={tmp_path}/growth.png"]
     code, out, err = program(growth.main, *argv)
     assert code == 0, err
@@ -75,7 +80,10 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
     assert rows["heads with an open edge"] == ["2", "6"]
     assert (tmp_path / "growth.png").stat().st_size > 5000
     code, out, err = program(growth.main, *argv, "--bound=0.02")
-    assert code == 2 and "there is no checkpoint" in err, "figures of another bound are not taken"
+    assert code == 2 and "n2/dense.pt" in err, "figures of another bound are not taken"
+    os.utime(tmp_path / "n3" / "sparse.pt", (2**31, 2**31))
+    code, out, err = program(growth.main, *argv)
+    assert code == 2 and "n3/dense.pt" in err, "nor those of other models"
     code, out, err = program(growth.main, str(tmp_path))
     assert code == 2 and "holds no finished run" in err
 

@@ -121,7 +121,7 @@ def test_ioi_asks_for_the_name_that_comes_once_in_both_orders(gpt2):
     for clean, corrupted, answer, wrong in texts(from_template("ioi", gpt2, 100, seed=0), gpt2):
         assert clean.count(answer) == 1 and clean.count(wrong) == 2 and answer[0] == " "
         orders.add(clean.index(answer) < clean.index(wrong))
-        names = [name for name in sum(NAMES.values(), []) if f" {name}" in corrupted]
+        names = [name for name in NAMES if f" {name}" in corrupted]
         assert len(names) == 3 and f" {names[0]}" not in (answer, wrong)
         assert clean.split()[-1] == corrupted.split()[-1] == "to"
     assert orders == {True, False}, "both ABBA and BABA"
@@ -132,13 +132,6 @@ def test_greater_than_has_a_right_and_a_wrong_year_and_a_prompt_where_both_are_r
         start, other = (int(text.split("the year ")[1][2:4]) for text in (clean, corrupted))
         assert other < int(wrong) < start < int(answer) and len(answer) == len(wrong) == 2
         assert clean[-2:] == clean.split("the year ")[1][:2]
-
-
-def test_pronouns_fit_the_names(gpt2):
-    for clean, corrupted, answer, wrong in texts(from_template("pronoun", gpt2, 100, seed=0), gpt2):
-        assert {answer, wrong} == {" he", " she"}
-        assert clean.split()[1] in NAMES[answer[1:]] and corrupted.split()[1] in NAMES[wrong[1:]]
-        assert clean.split()[2:] == corrupted.split()[2:]
 
 
 def test_templates_come_from_their_seed_in_any_number(gpt2):
@@ -169,7 +162,7 @@ def test_induction_repeats_a_piece_and_asks_what_followed_it():
 
 LINES = [
     {"clean": "ab", "corrupted": "cd", "answer": "x", "wrong_answer": "y"},
-    {"clean": "abc", "corrupted": "cde", "answer": "z"},
+    {"clean": "abc", "corrupted": "cde", "answer": "z", "wrong_answer": "x"},
 ]
 
 
@@ -181,20 +174,20 @@ def write(path, lines):
 def test_a_file_of_ones_own_examples(tmp_path):
     task = from_file(write(tmp_path / "own.jsonl", LINES), ByteTokenizer())
     assert [list(map(chr, answers)) for answers in task.answers] == [["x"], ["z"]]
-    assert chr(task.wrong[0]) == "y" and chr(task.wrong[1]) == "x", "left out: another line's answer"
+    assert chr(task.wrong[0]) == "y" and chr(task.wrong[1]) == "x"
     assert task.positions.tolist() == [[1], [2]] and not task.aligned
     assert bytes(task.clean[1].tolist()) == b"abc" and bytes(task.corrupted[0, :2].tolist()) == b"cd"
 
 
-WANTED = ": write a JSON object with clean and corrupted, equally long, and an answer of one token"
+WANTED = ": write a JSON object with clean and corrupted, equally long, and answers of one token"
 BAD = [
     (['{"clean": "ab"'], "line 1: Expecting"),
     ([LINES[0], {"clean": "ab", "answer": "x"}], "line 2: 'corrupted'" + WANTED),
     ([{**LINES[0], "corrupted": "cde"}], "line 1: the texts have [2, 3, 1, 1] tokens" + WANTED),
-    ([{**LINES[1], "answer": "xy"}], "line 1: the texts have [3, 3, 2] tokens" + WANTED),
-    ([{"clean": "a", "corrupted": "b", "answer": 3}], "line 1"),
+    ([{**LINES[1], "answer": "xy"}], "line 1: the texts have [3, 3, 2, 1] tokens" + WANTED),
+    ([LINES[0] | {"answer": 3}], "line 1"),
     (["7"], "line 1"),
-    ([LINES[1]], "line 1 has no wrong_answer, no line another answer: add one"),
+    ([{"clean": "a", "corrupted": "b", "answer": "x"}], "line 1: 'wrong_answer'" + WANTED),
     ([], "own.jsonl is empty: leave it out"),
 ]
 
