@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that
 
 import train
 from data.dataset import Dataset
-from gates import GATES, AttentionStats, causal_scores, edge_penalty
+from gates import AttentionStats, causal_scores, edge_penalty
 from model import GPT, causal_mask
 from support import command_line, pictures, ranks
 from support.command_line import arguments, option
@@ -83,23 +83,27 @@ def learned_attention(log_alpha, q, k, v, bias, gate, training):
 
 
 class Top:
-    """The largest weights of all layers and heads, as multiples of the query's mean weight (else the first
-    queries, which have few keys, would take all): a threshold that moves until the fraction is right."""
+    """The largest weights of all layers and heads, each less the mean weight of its query (else the first
+    queries, which have few keys, would take all): a threshold that moves until the fraction is right. That
+    falls from 1 to what is wanted, geometrically, over the first 70 % of the steps, as the allowance does."""
 
-    def __init__(self, fraction, n_layer):
-        self.fraction, self.n_layer, self.log_threshold, self.seen = fraction, n_layer, 0.0, []
+    def __init__(self, fraction, n_layer, steps):
+        self.fraction, self.n_layer, self.steps = fraction, n_layer, steps
+        self.log_threshold, self.step, self.seen = math.log(1e-3), 0, []
 
     def __call__(self, q, k, v, bias, gate, training):
         pattern = causal_scores(q, k).softmax(dim=-1)
         n_keys = torch.arange(1, q.size(2) + 1, device=q.device)[:, None]  # of each query
-        edges = pattern * n_keys > math.exp(self.log_threshold)
+        edges = pattern - 1 / n_keys > math.exp(self.log_threshold)
         y, stats = output(pattern * edges, v, edges)
         if training:
             self.seen.append(stats.hard_edges.mean().item())
             if len(self.seen) == self.n_layer:
-                excess = sum(self.seen) / self.n_layer / self.fraction - 1
-                self.log_threshold += 0.05 * min(max(excess, -1), 1)
-                self.seen = []
+                self.step += 1
+                wanted = self.fraction ** min(1.0, self.step / (0.7 * self.steps))
+                excess = sum(self.seen) / self.n_layer / wanted - 1
+                moved = self.log_threshold + 0.05 * min(max(excess, -1), 1)
+                self.log_threshold, self.seen = max(moved, math.log(1e-3)), []
         return y, stats
 
 
@@ -197,7 +201,7 @@ def train_baselines(folder, summary, options):
             edges = window_edges(dense, fraction, T).to(data.device)
             attends = [partial(masked_attention, e) for e in edges]
         elif name == "top":
-            attends = [Top(fraction, n_layer)] * n_layer
+            attends = [Top(fraction, n_layer, config.sparsify_steps)] * n_layer
         elif name == "learned":
             attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
         elif name == "hand":
