@@ -7,8 +7,7 @@ All rankings are treated alike, and cut on the examples that were not searched: 
 is at most the bound, and, as the paper has it, the shortest one that explains 90 % of the effect (a
 faithfulness of 0.9). There, edges are counted from component to component: a head's query, key and value are
 one. *Swept* is the prefix that keeps the bound on the examples searched, less what it can do without. Of its
-heads, and of all heads, the attention edges per prompt: those that are open, and how few, by their effect on
-the answer, are enough.
+heads, and of all heads, the attention edges per prompt: those that are open, and how few are enough.
 """
 
 import sys
@@ -77,7 +76,7 @@ def attention_edges(circuit, task, bound):
     """(open, enough): attention edges (layer, head, query, key) of the circuit's heads, means per prompt.
     open: those that queries up to the last answer may read by. enough: as few of them, with the others set to
     zero, as change the circuit's predictions by a mean KL of at most bound, by the better of two rankings:
-    how much an edge changes the answers' logits to first order, or its weight."""
+    how much an edge changes the answers' logits, less the mean of all, to first order, or its weight."""
     model, T = circuit.model, task.clean.size(1)
     problem = Problem(model, *task[:3], circuit.ablation)
     mask = circuit.mask(T).to(problem.ablated)
