@@ -171,7 +171,7 @@ class Circuit:
         everywhere = torch.arange(clean.size(1), device=clean.device).expand_as(clean)
         with evaluating(self.model):
             problem = Problem(self.model, clean, corrupted, everywhere, self.ablation, self.by_position)
-            return torch.cat([*problem.logits(self.mask(clean.size(1)))])
+            return torch.cat(list(problem.logits(self.mask(clean.size(1)))))
 
     def save(self, path):
         """Write everything but the model as JSON."""
@@ -217,7 +217,8 @@ class Problem:
         candidates = self.graph.edges[:, :, None].repeat(1, 1, P)
         if by_position:
             candidates[-1] &= torch.isin(torch.arange(P), self.positions.cpu())
-        self.candidates = self.graph.effective(candidates, self.links)  # the others make no difference
+        # ablated as on corrupted prompts, the others make no difference
+        self.candidates = self.graph.effective(candidates, self.links)
 
     def logits(self, mask):
         """A circuit's logits (B, K, V), for one chunk of examples after the other."""
@@ -261,7 +262,7 @@ class Problem:
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first,
         and put back where the bound would not hold. The examples with the largest KL come first, so that
         `fits` stops early."""
-        kl = kl_divergence(self.full, torch.cat([*self.logits(mask)])).sum(dim=1)
+        kl = kl_divergence(self.full, torch.cat(list(self.logits(mask)))).sum(dim=1)
         hardest, order = copy.copy(self), kl.argsort(descending=True)
         for name in ("clean", "positions", "full", "ablated"):
             setattr(hardest, name, getattr(self, name)[order])
@@ -353,7 +354,7 @@ def scores(circuit, task):
     with evaluating(circuit.model):
         problem = Problem(circuit.model, task.clean, task.corrupted, task.positions, circuit.ablation)
         mask = circuit.mask(task.clean.size(1))
-        logits, empty = (torch.cat([*problem.logits(m)]) for m in (mask, torch.zeros_like(mask)))
+        logits, empty = (torch.cat(list(problem.logits(m))) for m in (mask, torch.zeros_like(mask)))
     answers, wrong, full = task.answers, task.wrong, problem.full
     mean = lambda values: values.cpu().double().mean().item()
     accuracy = lambda logits: mean((logits.argmax(dim=-1) == answers).all(dim=1))

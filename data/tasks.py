@@ -262,7 +262,7 @@ KEYS = ["clean", "corrupted", "answer", "wrong_answer"]
 
 
 def from_file(path, tokenizer):
-    """One example per line, a JSON object of texts by KEYS. Raises UserError, of the first bad line."""
+    """One example per line, a JSON object of texts by KEYS. Raises UserError that names the bad line."""
     examples = []
     for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
         try:
@@ -272,7 +272,7 @@ def from_file(path, tokenizer):
             if not clean or lengths != [len(clean)] * 2 + [1, 1]:
                 raise ValueError(f"the texts have {lengths} tokens")
         except (ValueError, KeyError, TypeError) as error:
-            wanted = "write a JSON object with clean and corrupted, equally long, and answers of one token"
+            wanted = "give clean and corrupted, equally long, answer and wrong_answer, one token each"
             raise UserError(f"{path} line {number}: {error!s:.80}: {wanted}")
         examples.append((clean, corrupted, answer[0], wrong[0]))
     return stacked(examples)

@@ -10,8 +10,8 @@ Where a pattern is fixed, the softmax runs over its edges only. `learned` finds 
 its own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
 model's own bound, but blind to content. `fixed` keeps the best of these edges, as many as the sparse model
 has, and trains again without noise. `hand`: a pattern that a person wrote, for addition and recall. `window`,
-on text: one head in each of the first two layers reads its own position and the ones just before. `top`: in
-every batch, the largest attention weights of all layers and heads.
+on text: one head in each of the first two layers reads its own position and the ones just before. `top`: the
+attention weights that are furthest above their query's mean, of all layers and heads; edges close slowly.
 """
 
 import math
@@ -34,7 +34,7 @@ from support.command_line import arguments, option
 from support.files import make_folder, read_json, write_json
 from support.held_out import HeldOut
 from support.report import evaluate, read_summary, result_line
-from support.runs import Run
+from support.runs import Run, code_of
 
 BASELINES = ("top", "learned", "fixed", "window", "hand")  # in this order: fixed takes the edges of learned
 HAND = {  # layer, query, key, all of head 0
@@ -83,13 +83,16 @@ def learned_attention(log_alpha, q, k, v, bias, gate, training):
 
 
 class Top:
-    """The largest weights of all layers and heads, each less the mean weight of its query (else the first
-    queries, which have few keys, would take all): a threshold that moves until the fraction is right. That
-    falls from 1 to what is wanted, geometrically, over the first 70 % of the steps, as the allowance does."""
+    """Edges whose weight is above their query's mean weight by more than a threshold, one for all layers and
+    heads. (Without the mean the first queries, which have few keys, would take all.) The threshold moves
+    until the wanted fraction is open, which falls from 1 to `fraction`, geometrically, over the first 70 % of
+    the steps."""
+
+    LOWEST = math.log(1e-3)  # of the threshold's logarithm, where it starts
 
     def __init__(self, fraction, n_layer, steps):
         self.fraction, self.n_layer, self.steps = fraction, n_layer, steps
-        self.log_threshold, self.step, self.seen = math.log(1e-3), 0, []
+        self.log_threshold, self.step, self.seen = self.LOWEST, 0, []
 
     def __call__(self, q, k, v, bias, gate, training):
         pattern = causal_scores(q, k).softmax(dim=-1)
@@ -103,7 +106,7 @@ class Top:
                 wanted = self.fraction ** min(1.0, self.step / (0.7 * self.steps))
                 excess = sum(self.seen) / self.n_layer / wanted - 1
                 moved = self.log_threshold + 0.05 * min(max(excess, -1), 1)
-                self.log_threshold, self.seen = max(moved, math.log(1e-3)), []
+                self.log_threshold, self.seen = max(moved, self.LOWEST), []
         return y, stats
 
 
@@ -188,6 +191,7 @@ def train_baselines(folder, summary, options):
     learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
     run = Run(replace(config, out_dir=str(out)), data, data.device, out, None, [])
     of_what = {"edges": fraction, "dense_loss": summary["dense_loss"]}
+    of_what["code"] = code_of("experiments/baselines.py")
     results = {}
     for name in BASELINES:
         if name == "window" and data.is_task or name == "hand" and config.dataset not in HAND:

@@ -59,7 +59,7 @@ def attribution(problem, answers, wrong):
 def faithfulness_of(problem, task):
     """A function: mask -> the fraction of the task's logit difference that the circuit keeps."""
     m = lambda logits: logit_difference(logits, task.answers, task.wrong).mean().item()
-    of = lambda mask: m(torch.cat([*problem.logits(mask)]))
+    of = lambda mask: m(torch.cat(list(problem.logits(mask))))
     full, empty = m(problem.full), of(torch.zeros_like(problem.candidates))
     if abs(full - empty) < 1e-6:
         raise UserError("closing all edges changes no answer: there is nothing to explain, give another task")
@@ -74,9 +74,9 @@ def components(problem, mask):
 
 def attention_edges(circuit, task, bound):
     """(open, enough): attention edges (layer, head, query, key) of the circuit's heads, means per prompt.
-    open: those that queries up to the last answer may read by. enough: as few of them, with the others set to
-    zero, as change the circuit's predictions by a mean KL of at most bound, by the better of two rankings:
-    how much an edge changes the answers' logits, less the mean of all, to first order, or its weight."""
+    open: the open edges of queries up to the last answer's. enough: as few of these as change the circuit's
+    predictions by a mean KL of at most bound with the others set to zero, by the better of two rankings: how
+    much an edge changes the answers' logits (less the mean of all logits), to first order; or its weight."""
     model, T = circuit.model, task.clean.size(1)
     problem = Problem(model, *task[:3], circuit.ablation)
     mask = circuit.mask(T).to(problem.ablated)
@@ -85,7 +85,7 @@ def attention_edges(circuit, task, bound):
     def run(part, factor):
         """The circuit's logits, (B, K, V), with a factor (L, B, H, T, T) on its attention weights, and these
         weights, of the same shape."""
-        seen = []  # a layer's weights after the other's
+        seen = []  # the weights of the layers so far
 
         def attend(attn, q, k, v):
             scores = causal_scores(q, k)
@@ -162,6 +162,11 @@ def curve(model, searched, scored, config, ways):
     return found, points
 
 
+def code():
+    """A hash of what finds the figures."""
+    return code_of("circuits.py") + code_of("experiments/circuit_curve.py")
+
+
 def main(argv, ways=WAYS):
     config = command_line.parse(CircuitConfig(), argv, __doc__)
     models, _, (searched, scored) = circuits.open_task(config)
@@ -175,7 +180,7 @@ def main(argv, ways=WAYS):
     flat = lambda ways: {(way, key): n for way, figures in ways.items() for key, n in figures.items()}
     columns = {name: flat(ways) for name, ways in found.items()}
     print("\n".join(side_by_side(columns, rows, 37)))
-    of = {"config": asdict(config), "code": code_of("circuits.py")}
+    of = {"config": asdict(config), "code": code()}
     write_json({**of, "figures": found, "points": points}, folder / "circuits_curve.json")
     print(f"\nwrote {pictures.save(pictures.curve_figure(points), folder / 'circuits_curve.png')}")
 

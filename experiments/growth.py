@@ -6,7 +6,7 @@ Does what a circuit gains grow with the model? Circuits of models of several siz
 
 Prints a table, and draws the ratios dense / sparse against the number of heads, with the paper's beside them.
 The figures of a folder are those of circuit_curve.py without the sweep and the random order; where they are
-there, of these models, of the same settings and the same circuits.py, they are read.
+there, made after these models, with the same settings and the same code, they are read.
 """
 
 import sys
@@ -22,7 +22,6 @@ from support import command_line, pictures
 from support.command_line import arguments, option
 from support.files import read_json
 from support.report import read_summary, side_by_side
-from support.runs import code_of
 
 BOTH = ("edge pruning", "attribution")
 MEASURES = {  # as in circuit_curve: what is counted, and the rankings, of which the better counts
@@ -47,10 +46,12 @@ def figures_of(folder, task, config):
     """circuit_curve's figures of a folder's two models, {dense, sparse: {way: {figure: number}}}."""
     path, models = folder / task / "circuits_curve.json", [folder / "dense.pt", folder / "sparse.pt"]
     how = asdict(CircuitConfig(bound=config.bound, steps=config.steps, sweep=False))
-    how = {key: how[key] for key in ("bound", "steps", "sweep", "ablation", "examples", "batch_size", "seed")}
-    found = read_json(path) if path.is_file() else {"config": {}}
-    is_same = how.items() <= found["config"].items() and found.get("code") == code_of("circuits.py")
-    if not is_same or any(model.stat().st_mtime > path.stat().st_mtime for model in models):
+    for key in ("task", "dense", "sparse", "data_dir", "out_dir", "device"):
+        del how[key]  # where, not how
+    found = read_json(path) if path.is_file() else {}
+    is_same = how.items() <= found.get("config", {}).items() and found.get("code") == circuit_curve.code()
+    is_newer = lambda model: not model.is_file() or model.stat().st_mtime > path.stat().st_mtime
+    if not is_same or any(map(is_newer, models)):
         print(f"{folder}: circuits of {task}", flush=True)
         files = [f"--dense={models[0]}", f"--sparse={models[1]}", f"--out_dir={path.parent}"]
         options = [f"--bound={config.bound}", f"--steps={config.steps}", "--no-sweep"]

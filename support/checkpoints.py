@@ -68,7 +68,7 @@ def open_pretrained(source):
 
 
 def check_comparable(a, b):
-    """Raise UserError if the tokens or the heads of two Pretrained models do not match."""
+    """Raise UserError if two Pretrained models differ in their tokens, layers or heads."""
     if any(a.tokenizer.get(key) != b.tokenizer.get(key) for key in ("tokenizer", "vocab_size", "characters")):
         raise UserError(f"{a.name} and {b.name} know different tokens: compare models of one dataset")
     for key in ("n_layer", "n_head"):

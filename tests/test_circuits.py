@@ -55,7 +55,7 @@ def logits_of(model, mask, clean, corrupted, ablation="corrupted"):
     everywhere = torch.arange(clean.size(1)).expand_as(clean)
     with evaluating(model):
         problem = Problem(model, clean, corrupted, everywhere, ablation, mask.size(2) > 1)
-        return torch.cat([*problem.logits(mask)])
+        return torch.cat(list(problem.logits(mask)))
 
 
 def assert_close(a, b):

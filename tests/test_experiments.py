@@ -24,7 +24,6 @@ from support.checkpoints import save_model
 from support.command_line import UserError
 from support.files import read_json
 from support.graph import Graph
-from support.runs import code_of
 from tests.conftest import ROOT
 from tests.planted import T, previous_token
 from tests.test_model import tiny
@@ -68,7 +67,7 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
             both[name] = both[name] | {"all edges": {"open": 300.0, "needed": needed}}
         for name in ("dense.pt", "sparse.pt"):
             (folder / name).write_text("")
-        found = {"config": how, "code": code_of("circuits.py"), "figures": both}
+        found = {"config": how, "code": circuit_curve.code(), "figures": both}
         (folder / "sums" / "circuits_curve.json").write_text(json.dumps(found))
     argv = [f"{tmp_path}/n2", f"{tmp_path}/n3", f"--picture={tmp_path}/growth.png"]
     code, out, err = program(growth.main, *argv)

@@ -110,7 +110,7 @@ def test_gates_of_ones_own_choice(tmp_path):
     assert all((block.attn.gate_bias == 3).all() for block in gated.h)
 
 
-def test_old_files_other_names_and_buffers(tmp_path):
+def test_old_files_and_buffers(tmp_path):
     state = random_state()
     state |= {"blocks.0.attn.mask": torch.ones(T, T).tril(), "blocks.0.attn.IGNORE": torch.tensor(-1e5)}
     torch.save(state, write(tmp_path) / "final.pth", _use_new_zipfile_serialization=False)

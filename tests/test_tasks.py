@@ -179,7 +179,7 @@ def test_a_file_of_ones_own_examples(tmp_path):
     assert bytes(task.clean[1].tolist()) == b"abc" and bytes(task.corrupted[0, :2].tolist()) == b"cd"
 
 
-WANTED = ": write a JSON object with clean and corrupted, equally long, and answers of one token"
+WANTED = ": give clean and corrupted, equally long, answer and wrong_answer, one token each"
 BAD = [
     (['{"clean": "ab"'], "line 1: Expecting"),
     ([LINES[0], {"clean": "ab", "answer": "x"}], "line 2: 'corrupted'" + WANTED),
