@@ -103,7 +103,7 @@ def main(argv):
     config.device = find_device(config.device)
     forces = parse_forces(config.force)
     sources = [open_pretrained(path) for path in (config.compare, *config.checkpoint) if path]
-    check_comparable(sources[0], sources[-1])
+    check_comparable(sources[0], sources[-1], ("n_layer", "n_head", "block_size"))
     models, short = {}, [Path(source.name).stem for source in sources]
     names = short if len(set(short)) == len(short) else [source.name for source in sources]
     with ExitStack() as while_forced:

@@ -67,11 +67,11 @@ def open_pretrained(source):
     return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors, *parts)
 
 
-def check_comparable(a, b):
-    """Raise UserError if two Pretrained models differ in their tokens, layers or heads."""
+def check_comparable(a, b, keys=("n_layer", "n_head")):
+    """Raise UserError if two Pretrained models differ in their tokens, or in these keys of their shape."""
     if any(a.tokenizer.get(key) != b.tokenizer.get(key) for key in ("tokenizer", "vocab_size", "characters")):
         raise UserError(f"{a.name} and {b.name} know different tokens: compare models of one dataset")
-    for key in ("n_layer", "n_head"):
+    for key in keys:
         if a.model_config[key] != b.model_config[key]:
             sizes = f"{a.name} has {key} {a.model_config[key]}, {b.name} has {b.model_config[key]}"
             raise UserError(f"{sizes}: compare models of one shape")

@@ -252,6 +252,7 @@ def test_the_sweep_leaves_no_edge_out_or_in_that_the_definition_would_not(by_pos
         smaller = problem.graph.effective(smaller, problem.links)
         expected = smaller if problem.fits(smaller, bound) else expected
     assert torch.equal(problem.swept(problem.candidates, ranking, bound), expected)
+    assert torch.equal(problem.clean, given[0]), "whoever goes on with the problem has its examples in order"
     assert expected.sum() < problem.candidates.sum()
 
 
@@ -470,6 +471,8 @@ WRONG = [
     (["sums", "--sparse={}/none.pt"], "there is no checkpoint"),
     (["nothing"], "there is no task 'nothing': choose one of induction, carry, last_digit, "),
     ([], "give one task, such as addition: 0 were given"),
+    (["sums", "--ablation=noise"], "--ablation is 'noise': choose one of corrupted, mean, zero"),
+    (["sums", "--bound=0"], "--bound is 0.0: give more than 0"),
     (["sums", "--data={}/none.jsonl"], "cannot read"),
     (["ioi"], "the model does not know"),
 ]

@@ -24,7 +24,7 @@ def test_finds_the_known_multiplier_of_a_convex_problem(late):
         bound.update(loss.item())
         if step == late - 1:
             assert loss.item() > 1 and bound.log_multiplier == bound.log_max
-    assert x.item() == pytest.approx(2.0, abs=1e-2)
+    assert x.item() == pytest.approx(2.0, abs=1e-2) and loss.item() == pytest.approx(1.0, abs=2e-2)
     assert bound.multiplier == pytest.approx(2.0, rel=2e-2)
 
 

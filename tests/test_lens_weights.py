@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
+import circuits
 import data.tokenizer
 import sample
 import train
@@ -19,7 +21,6 @@ from model import GPT, GPTConfig
 from support import checkpoints
 from support.checkpoints import save_model
 from support.command_line import UserError
-from support.runs import Run
 from tests.conftest import ROOT
 from tests.letters import Letters
 from tests.test_gpt2_weights import TINY, random_model, same_weights
@@ -116,6 +117,7 @@ def test_old_files_and_buffers(tmp_path):
     torch.save(state, write(tmp_path) / "final.pth", _use_new_zipfile_serialization=False)
     logits = equations(state, idx := torch.randint(V, (1, T)), False)[0]
     torch.testing.assert_close(GPT.from_pretrained(tmp_path)(idx, idx)[0], logits, rtol=0, atol=1e-5)
+    assert GPT.from_pretrained(tmp_path).config.read_out == "biased"
 
 
 @pytest.mark.parametrize(
@@ -274,10 +276,13 @@ def test_the_docs_code_opens_our_model_in_transformer_lens_4(monkeypatch, from_d
     "fields, words",
     [
         (dict(act_fn="gelu"), "act_fn 'gelu', GPT-2 has 'gelu_new'"),
+        (dict(normalization_type="RMS"), "normalization_type 'RMS', GPT-2 has 'LN'"),
         (dict(normalization_type=None), "normalization_type None, GPT-2 has 'LN'"),
         (dict(positional_embedding_type="rotary"), "positional_embedding_type 'rotary', GPT-2 has 'st"),
+        (dict(attention_dir="bidirectional"), "attention_dir 'bidirectional'"),
         (dict(attn_scale=1.0), "attn_scale 1.0"),
         (dict(eps=1e-6), "eps 1e-06"),
+        (dict(parallel_attn_mlp=True), "parallel_attn_mlp True"),
         (dict(d_mlp=99), "d_mlp 99, GPT-2 has 64"),
         (dict(n_heads=3), "n_heads 3, GPT-2 has 2"),
         (dict(d_head=3), "d_head 3, which does not divide d_model 16"),
@@ -342,9 +347,21 @@ def test_code_damage_and_missing_files_are_one_sentence(tmp_path, monkeypatch, p
         GPT.from_pretrained(folder)
 
 
-def test_the_authors_models_have_names(monkeypatch, tmp_path):
+def test_the_authors_models_are_downloaded_once_and_whole(tmp_path, monkeypatch):
+    name = "ansonisl/SparseGPT2"
+    hub, cache = tmp_path / "hub" / name / "resolve" / "main", tmp_path / "cache" / "nanosparse" / name
+    hub.mkdir(parents=True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoints, "HUB", f"file://{tmp_path}/hub")
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.MODELS["ansonisl/SparseGPT2"] == ("ansonisl/SparseGPT2", "final.pth")
+    write(hub, use_sparse_attn=True)
+    with pytest.raises(UserError, match="cannot download .*final.pth"):
+        GPT.from_pretrained(name)
+    assert [path.name for path in cache.iterdir()] == ["config.json"]
+    write(hub, random_state(), use_sparse_attn=True)
+    first = GPT.from_pretrained(name)
+    shutil.rmtree(hub)
+    assert same_weights(GPT.from_pretrained(name), first) and first.config.gate == "bernoulli"
     with pytest.raises(UserError, match="there is no checkpoint ansonisl/Sparse: .*ansonisl/SparseGPT2"):
         GPT.from_pretrained("ansonisl/Sparse")
 
@@ -381,8 +398,14 @@ def test_sample_writes_draws_and_reads(program, folders):
     assert code == 0 and "layer 0 head 0" in out, err
 
 
-def test_train_makes_the_dense_one_sparse(program, folders, monkeypatch):
-    monkeypatch.setattr(Run, "draw", lambda *models: [])
+def test_circuits_compare_them(program, folders):
+    argv = [f"--{name}={folders / name}" for name in ("dense", "sparse")]
+    argv += [f"--data_dir={folders / 'data'}", f"--out_dir={folders / 'out'}", "--no-sweep"]
+    code, out, err = program(circuits.main, "letters", *argv, "--steps=2", "--examples=8", "--batch_size=4")
+    assert code == 0 and "edges dense / sparse" in out, err
+
+
+def test_train_makes_the_dense_one_sparse(program, folders):
     argv = ["shakespeare_char", "--dataset=letters", f"--data_dir={folders / 'data'}", "--batch_size=4"]
     argv += ["--block_size=16", "--sparsify_steps=2", "--eval_iters=1", f"--out_dir={folders / 'out'}"]
     code, out, err = program(train.main, *argv, f"--init_from={folders / 'dense'}")

@@ -22,8 +22,8 @@ def models(tmp_path, data_dir):
     for name, gate in (("dense", "none"), ("sparse", "hard_concrete")):
         model = GPT(GPTConfig(**shape, gate=gate, gate_bias=0.0))
         save_model(model, tmp_path / f"{name}.pt", read_meta(data_dir / "sums"), {})
-    deep = GPT(GPTConfig(**{**shape, "n_layer": 3}))
-    save_model(deep, tmp_path / "deep.pt", read_meta(data_dir / "sums"), {})
+    for name, other in (("deep", {"n_layer": 3}), ("long", {"block_size": 9})):
+        save_model(GPT(GPTConfig(**shape | other)), tmp_path / f"{name}.pt", read_meta(data_dir / "sums"), {})
     model = GPT(GPTConfig(**{**shape, "vocab_size": len(CHARACTERS)}))
     save_model(model, tmp_path / "text.pt", CharTokenizer(CHARACTERS).meta(), {})
     return tmp_path
@@ -73,6 +73,7 @@ BAD = [
     (["{}/sparse.pt", "--temperature=-1"], "--temperature is -1.0: give at least 0"),
     (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/text.pt"], "know different tokens: compare"),
     (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/deep.pt"], "deep.pt has n_layer 3"),
+    (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/long.pt"], "long.pt has block_size 9"),
     ([], "give one checkpoint, such as out/addition/sparse.pt: 0 were given"),
 ]
 

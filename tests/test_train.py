@@ -418,14 +418,18 @@ def with_other_meta(data):
 
 BAD = [
     (["adition"], "there is no recipe 'adition': choose one of addition, recall, shakespeare"),
+    (["addition", "--batchsize=4"], "what is --batchsize? Did you mean --batch_size?"),
     (["addition", "--n_embd=10", "--n_head=4"], "n_embd 10 is not divisible by n_head 4: change"),
+    (["addition", "--pretrain_steps=0"], "--pretrain_steps is 0: give at least 1"),
     (["addition", "--gate=gumbel"], "--gate is 'gumbel': choose one of hard_concrete, bernoulli"),
     (["addition", "--device=gpu"], "--device is 'gpu': choose auto, cpu, cuda, cuda:N"),
     (["addition", "--device=cuda:99"], "--device is cuda:99, but PyTorch sees"),
     (["addition", "--data_dir=/nowhere"], "/nowhere/sums/meta.json is missing: run `python data/prepare.py"),
     (["addition", "--init_from=nothing.pt"], "there is no checkpoint nothing.pt"),
     (["addition", "--min_lr=1"], "--min_lr 1.0 is above --learning_rate 0.003: lower it"),
+    (["addition", "--seed=99999999999999999999"], "--seed is 99999999999999999999: give less than"),
     (["addition", "--block_size=3"], "block_size is 3, sums has examples of 6: give at least 5"),
+    (["addition", "extra"], "what is extra? See --help"),
     (["addition", "--attention=fused"], "--attention is fused, which needs a CUDA device, and this is cpu"),
 ]
 
