@@ -149,8 +149,10 @@ def hand_edges(model, dataset, T):
     return edges
 
 
-def best_edges(learned, n_layer, fraction, T):
-    """(L, H, T, T) bool: the largest log_alpha, until the fraction is reached (offsets are taken whole)."""
+def best_edges(path, learned, n_layer, fraction, T):
+    """(L, H, T, T) bool: the largest log_alpha of a Learned, read from path, until the fraction is reached
+    (offsets are taken whole)."""
+    learned.load_state_dict(torch.load(path, weights_only=True))
     a = torch.stack([learned(layer).detach() for layer in range(n_layer)])
     a = a.masked_fill(~causal_mask(T, T, a.device), float("-inf"))
     n_edges = max(1, round(fraction * a.isfinite().sum().item()))
@@ -201,19 +203,17 @@ def train_baselines(folder, summary, options):
             results[name] = read_json(path)
             continue
         print(f"{folder}: {name}, {fraction:.2%} of the edges")
-        if name == "window":
-            edges = window_edges(dense, fraction, T).to(data.device)
-            attends = [partial(masked_attention, e) for e in edges]
-        elif name == "top":
+        if name == "top":
             attends = [Top(fraction, n_layer, config.sparsify_steps)] * n_layer
         elif name == "learned":
             attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
-        elif name == "hand":
-            edges = hand_edges(dense, config.dataset, T).to(data.device)
-            attends = [partial(masked_attention, e) for e in edges]
         else:
-            learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
-            attends = [partial(masked_attention, e) for e in best_edges(learned, n_layer, fraction, T)]
+            patterns = {
+                "fixed": lambda: best_edges(out / "learned_gates.pt", learned, n_layer, fraction, T),
+                "window": lambda: window_edges(dense, fraction, T),
+                "hand": lambda: hand_edges(dense, config.dataset, T),
+            }
+            attends = [partial(masked_attention, e) for e in patterns[name]().to(data.device)]
         model = gated_copy(dense, attends).to(data.device)
         if name == "learned":
             model.learned = learned  # its parameters train, too
