@@ -2,7 +2,7 @@
 Train a small GPT, then make its attention sparse at its own loss.
 
     python train.py addition                    two-digit addition on a laptop, a few minutes
-    python train.py recall                      which digit followed this letter? A minute or two
+    python train.py recall                      which digit followed this letter? A few minutes
     python train.py shakespeare_char            nanoGPT's CPU-sized character model
     python train.py novels_char                 the same size on text that is too long to memorise
     python train.py shakespeare_char_gpu        nanoGPT's full-size character model, one GPU
