@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from constrained import LossBound
 from data import tasks
 from gates import GATES, attention_pattern, edge_penalty
-from model import GPT, causal_mask, evaluating
+from model import GPT, evaluating
 from support import circuit_report, command_line
 from support.checkpoints import check_comparable, open_pretrained
 from support.command_line import UserError, arguments, option
@@ -213,7 +213,7 @@ class Problem:
         both = torch.cat([clean, corrupted]).split(CHUNK)
         alive = sum(model.attention(idx).edges.sum(dim=(1, 3, 4)) for idx in both) > 0  # (L, H)
         P = clean.size(1) if by_position else 1
-        self.links = alive.cpu()[:, :, None, None] & causal_mask(P, P)  # (L, H, P, P)
+        self.links = alive.cpu()[:, :, None, None].expand(-1, -1, P, P).tril()  # (L, H, P, P)
         candidates = self.graph.edges[:, :, None].repeat(1, 1, P)
         if by_position:
             candidates[-1] &= torch.isin(torch.arange(P), self.positions.cpu())

@@ -51,25 +51,6 @@ class GPTConfig:
             raise UserError(f"padding is {self.padding}: give at least 0, below vocab_size {self.vocab_size}")
 
 
-def causal_mask(n_queries, n_keys, device=None):
-    """(n_queries, n_keys) bool, True where the key is not later. The queries are the last positions."""
-    return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
-
-
-class KVCache:
-    """Keys and values of the positions that generation has already seen, per attention layer."""
-
-    def __init__(self):
-        self.length, self.store = 0, {}
-
-    def extend(self, layer, k, v):
-        """k, v: (B, H, T, D) of the new positions -> the same of all positions."""
-        if layer in self.store:
-            k, v = (torch.cat([old, new], dim=2) for old, new in zip(self.store[layer], (k, v)))
-        self.store[layer] = k, v
-        return k, v
-
-
 class Attention(nn.Module):
     """Causal self-attention, dense or gated. (B, T, C) -> (B, T, C) and AttentionStats."""
 
@@ -93,15 +74,16 @@ class Attention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x)
-        if cache is not None:  # generation: x holds the new positions, the cache the keys and values before
-            k, v = cache.extend(self, k, v)
+        if cache is not None:  # generation: {layer: keys and values of the positions before x}
+            if self in cache:
+                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (k, v)))
+            cache[self] = k, v
         if self.gate is not None:  # no dropout on gated attention: the gates' noise takes its place
             attend = self.attend if cache is None else gated_attention
             y, stats = attend(q, k, v, self.gate_bias, self.gate, self.training)
         else:
-            mask = None if T == k.size(2) else causal_mask(T, k.size(2), x.device)
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+            dropout = self.dropout if self.training else 0.0  # a single query, the newest, sees all keys:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
             one, zero = torch.ones(self.n_head, device=x.device), torch.zeros(self.n_head, device=x.device)
             stats = AttentionStats(one, one, one, zero, zero)  # every edge is there
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -208,7 +190,8 @@ class GPT(nn.Module):
         V) of the last position, and None. With return_stats also AttentionStats stacked to (L, H). train()
         samples gates, eval() takes the deterministic ones. Raises UserError for more positions than
         block_size."""
-        x = self.drop(self.embed(idx, 0 if cache is None else cache.length))  # (B, T, C)
+        start = next(iter(cache.values()))[0].size(2) if cache else 0
+        x = self.drop(self.embed(idx, start))  # (B, T, C)
         layer_stats = []
         for block in self.h:
             if self.activation_checkpointing and self.training:
@@ -216,8 +199,6 @@ class GPT(nn.Module):
             else:
                 x, stats = block(x, cache)
             layer_stats.append(stats)
-        if cache is not None:
-            cache.length += idx.size(1)
         logits = self.read_out(x if targets is not None else x[:, -1:])
         loss = None
         if targets is not None:
@@ -236,7 +217,7 @@ class GPT(nn.Module):
                 q, k, _ = attn.qkv(block.ln_1(x))
                 if attn.gate is None:
                     pattern = causal_scores(q, k).softmax(dim=-1)
-                    z = causal_mask(*pattern.shape[-2:], idx.device).to(pattern.dtype).expand_as(pattern)
+                    z = torch.ones_like(pattern).tril()
                 else:
                     pattern, log_alpha = attention_pattern(q, k, attn.gate_bias)
                     z = attn.gate.deterministic(log_alpha)
@@ -251,18 +232,18 @@ class GPT(nn.Module):
 
         A step runs the model on the newest token and takes the rest from a key/value cache. Past block_size
         the window slides by one, all positions change, and the cache is built anew."""
-        cache, new = KVCache(), idx
+        cache, new = {}, idx
         n_tokens = self.config.vocab_size - self.config.padding
         with evaluating(self):
             for _ in range(max_new_tokens):
-                if cache.length + new.size(1) > self.config.block_size:
-                    cache, new = KVCache(), idx[:, -self.config.block_size :]
+                if idx.size(1) > self.config.block_size:
+                    cache, new = {}, idx[:, -self.config.block_size :]
                 logits = self(new, cache=cache)[0][:, -1, :n_tokens].float()  # (B, V)
                 if temperature == 0:
                     new = logits.argmax(dim=-1, keepdim=True)
                 else:
                     logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature  # no overflow
-                    if top_k is not None:
+                    if top_k:
                         smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                         logits = logits.masked_fill(logits < smallest, float("-inf"))
                     new = torch.multinomial(logits.softmax(dim=-1), num_samples=1)

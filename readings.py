@@ -51,6 +51,7 @@ class ForcedGate:
 
     def __init__(self, gate, forces):
         self.gate, self.forces = gate, forces  # {Edge: whether it is open}
+        self.sample, self.open_probability = gate.sample, gate.open_probability
 
     def deterministic(self, log_alpha):
         z = self.gate.deterministic(log_alpha).clone()  # (B, H, Tq, Tk); the queries are the last positions
@@ -61,9 +62,6 @@ class ForcedGate:
             elif 0 <= edge.query - (n_keys - n_queries) < n_queries:
                 z[:, edge.head, edge.query - (n_keys - n_queries), edge.key] = is_open
         return z
-
-    def __getattr__(self, name):  # sample and open_probability are the gate's own
-        return getattr(self.gate, name)
 
 
 def check_gated(model):
@@ -392,6 +390,7 @@ def context(data, row, query, key, length=16):
 def add_losses(cards, model, idx, targets, most_heads=64, most_tokens=2**14):
     """What each head is for: the loss without it."""
     if len(cards) > most_heads:
+        print(f"note: {len(cards)} heads are open, more than {most_heads}: what each is for is left out")
         return
     every = -(-idx.numel() // most_tokens)
     idx, targets = idx[::every], targets[::every]
@@ -424,4 +423,4 @@ def words_of(cards, data):
                 lines[-1] += ", by no simple rule"
             effects = (("closed", e.closed), ("forced open", e.opened))
             lines.append("        " + "; ".join(f"{state}: {effect}" for state, effect in effects if effect))
-    return lines
+    return lines or ["no head has an open edge"]

@@ -87,8 +87,6 @@ def generate(config, source, model):
     if answer_start and (len(prompt) == 0 or len(prompt) % answer_start):
         length = f"has {len(prompt)} characters, this task's prompts have {answer_start}"
         raise UserError(f"--prompt {config.prompt!r} {length}: give one or more whole prompts")
-    if not answer_start and len(prompt) > block_size:
-        raise UserError(f"--prompt has {len(prompt)} tokens, the model sees {block_size} at once: shorten it")
     n_new = config.max_new_tokens or (meta["example_length"] - answer_start if answer_start else 200)
     idx = torch.from_numpy(prompt.astype("int64")).view(-1, answer_start or len(prompt)).to(config.device)
     torch.manual_seed(config.seed)
@@ -106,6 +104,7 @@ def main(argv):
     check_comparable(sources[0], sources[-1], ("n_layer", "n_head", "block_size"))
     models, short = {}, [Path(source.name).stem for source in sources]
     names = short if len(set(short)) == len(short) else [source.name for source in sources]
+    names[-1] += ", forced" if forces else ""
     with ExitStack() as while_forced:
         for source, name in zip(sources, names):
             model = models[name] = GPT.from_pretrained(source).to(config.device)

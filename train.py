@@ -81,7 +81,6 @@ class TrainConfig:
     eval_interval: int = option(500, "steps between evaluations; the run is saved as often", at_least=1)
     eval_iters: int = option(20, "batches per evaluation while training", at_least=1)
     log_interval: int = option(50, "steps between two lines of the log", at_least=1)
-    plot_text: str = option("", "what to draw: text, or examples; empty: from the validation split")
     # the machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     attention: str = option("auto", "fused is Triton, on CUDA; auto: if it works", choices=ATTENTIONS)
@@ -109,12 +108,12 @@ GPT2 = TrainConfig(
 LARGER = replace(GPT2, batch_size=4, gradient_accumulation_steps=48)
 RECIPES = {
     "addition": TrainConfig(
-        dataset="addition", plot_text="53+21=07436+28=06443+59=102", n_embd=64, block_size=8, batch_size=128,
-        pretrain_steps=1000, sparsify_steps=3500, control=False, loss_tolerance=0.002, multiplier_scale=0.002,
+        dataset="addition", n_embd=64, block_size=8, batch_size=128, loss_tolerance=0.002,
+        multiplier_scale=0.002, pretrain_steps=1000, sparsify_steps=3500, control=False,
     ),  # fmt: skip
     "recall": TrainConfig(
-        dataset="recall", plot_text="c4a1d7b2a1", n_embd=64, block_size=9, batch_size=128,
-        multiplier_max=40.0, pretrain_steps=500, sparsify_steps=2000, control=False,
+        dataset="recall", n_embd=64, block_size=9, batch_size=128, multiplier_max=40.0,
+        pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
     "shakespeare_char": TrainConfig(
         loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=4500,
@@ -172,6 +171,14 @@ def training_step(
     return total, stats
 
 
+def loss_bound(held_out, config):
+    """The LossBound of the sparse phase. It aims at a quarter of the tolerance: the rest is for chance, in
+    the last steps and between the held-out data and the validation split."""
+    aim = ranks.mean(held_out.dense.mean())[0] + config.loss_tolerance / 4
+    print(f"held-out data: {len(held_out.dense):,} sequences; their loss is to end under {aim:.4f}")
+    return LossBound(aim, config.multiplier_scale, config.multiplier_rate, largest=config.multiplier_max)
+
+
 def allowance_at(step, steps, config):
     """What the loss may have on top of the bound, since a high learning rate raises it for a while: it falls
     from loss_allowance to 0, linearly, over the first 70 % of the steps."""
@@ -203,13 +210,15 @@ def make_optimizer(model, config, weight_decay):
 # The loop
 
 
-def fit(run, phase, model, steps, weight_decay=0.0, bound=None, held_out=None):
-    """Train model for so many steps, from the first one or from where last.pt left it, and write <phase>.pt.
-    In the sparse phase, bound is a LossBound on the loss of held_out, a HeldOut. Returns the model, in eval
-    mode, and how it was trained."""
-    config = run.config
+def fit(run, phase, model, held_out=None):
+    """Train model in a phase, from its first step or from where last.pt left it, and write <phase>.pt. With
+    held_out, a HeldOut, under the bound on its loss. Returns the model, in eval mode, and how it was
+    trained."""
+    config, steps, weight_decay = run.config, run.config.pretrain_steps, run.config.weight_decay
     if phase != "dense":
         config = replace(config, learning_rate=config.sparsify_learning_rate)
+        steps, weight_decay = config.sparsify_steps, 0.0
+    bound = None if held_out is None else loss_bound(held_out, config)
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
     torch.manual_seed(config.seed + 2 + ranks.rank())  # of the gates' noise and dropout
@@ -269,7 +278,7 @@ def dense_phase(run, initial):
         return load(found, run)
     torch.manual_seed(config.seed)
     model = GPT(model_config).to(run.device)
-    return fit(run, "dense", model, config.pretrain_steps, config.weight_decay)
+    return fit(run, "dense", model)
 
 
 def sparse_phase(run, dense):
@@ -286,17 +295,7 @@ def sparse_phase(run, dense):
         x, _ = run.data.batch("train", n, torch.Generator().manual_seed(config.seed))
         calibrate_gate_biases(model, x)
     print(f"gated attention: {choose_attention(model, config.attention)}")
-    held_out = HeldOut(run, dense)
-    bound = loss_bound(held_out, config)
-    return fit(run, "sparse", model, config.sparsify_steps, bound=bound, held_out=held_out)
-
-
-def loss_bound(held_out, config):
-    """The LossBound of the sparse phase. It aims at a quarter of the tolerance: the rest is for chance, in
-    the last steps and between the held-out data and the validation split."""
-    aim = ranks.mean(held_out.dense.mean())[0] + config.loss_tolerance / 4
-    print(f"held-out data: {len(held_out.dense):,} sequences; their loss is to end under {aim:.4f}")
-    return LossBound(aim, config.multiplier_scale, config.multiplier_rate, largest=config.multiplier_max)
+    return fit(run, "sparse", model, HeldOut(run, dense))
 
 
 def load(source, run):
@@ -310,6 +309,7 @@ def train(config):
     several ranks only the first does, the others return {}. Raises UserError for bad settings or files;
     KeyboardInterrupt when the user stopped it and it was saved."""
     saved = initial = None
+    config = replace(config, out_dir=config.out_dir or f"out/{config.dataset}")
     if config.resume:
         config, saved = resumed(config)
     device = ranks.find_device(config.device)
@@ -334,7 +334,7 @@ def train(config):
         if config.control:
             models["sparse"].cpu()  # out of the way
             model = copy.deepcopy(models["dense"])
-            models["control"], phases["control"] = fit(run, "control", model, config.sparsify_steps)
+            models["control"], phases["control"] = fit(run, "control", model)
         return finish(run, models, phases) if ranks.is_first() else {}
 
 

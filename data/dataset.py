@@ -3,7 +3,7 @@ A dataset is a folder: train.bin and val.bin (uint16 tokens, memory-mapped), and
 
 meta.json holds vocab_size and tokenizer (and the characters where there are any). A toy task adds
 example_length and answer_start: then the files are whole examples, one after the other, and only the answer
-is to be predicted.
+is to be predicted. It may add roles, a name for every position, and shown, the examples in a run's pictures.
 """
 
 from pathlib import Path

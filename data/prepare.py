@@ -221,16 +221,16 @@ def prepare_openwebtext(subsets, source, folder, val_fraction):
 # Toy tasks
 
 
-def prepare_examples(pairs, folder, val_fraction, roles=None):
+def prepare_examples(pairs, folder, val_fraction, roles=(), shown=""):
     """Write a toy task. pairs: (prompt, answer) strings, every prompt of one length, every answer of one
     length. Shuffled, then split; with val_fraction 0 both splits hold all examples. roles: a name for every
-    character of an example."""
+    character of an example; shown: examples that pictures show."""
     tokenizer = CharTokenizer("".join(sorted(set("".join(prompt + answer for prompt, answer in pairs)))))
     examples = np.stack([tokenizer.encode(prompt + answer) for prompt, answer in pairs])  # (N, length)
     examples = np.random.default_rng(0).permutation(examples)
     n_val = round(len(examples) * val_fraction)
     task = {"example_length": examples.shape[1], "answer_start": len(pairs[0][0])}
-    task |= {"roles": roles} if roles else {}
+    task |= {key: value for key, value in (("roles", roles), ("shown", shown)) if value}
     pieces = [("train", examples[n_val:]), ("val", examples[:n_val] if val_fraction else examples)]
     return write_dataset(folder, pieces, {**tokenizer.meta(), **task})
 
@@ -251,7 +251,7 @@ def recall_examples():
 def read_examples(path):
     """(prompt, answer) of every line of a file. Raises UserError with the number of the first bad line."""
     pairs = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
         pairs.append(line.split("\t"))
         lengths, lengths_of_first = ([len(text) for text in pair] for pair in (pairs[-1], pairs[0]))
         if len(lengths) != 2 or 0 in lengths or lengths != lengths_of_first:
@@ -279,10 +279,11 @@ def main(argv):
     if command == "addition":  # the task is finite: both splits hold all of it
         pairs = [(f"{a:02d}+{b:02d}=", f"{a + b:03d}") for a in range(100) for b in range(100)]
         roles = "tens of a,ones of a,+,tens of b,ones of b,=,hundreds,tens,ones".split(",")
-        meta = prepare_examples(pairs, folder, 0, roles)
+        meta = prepare_examples(pairs, folder, 0, roles, "53+21=07436+28=06443+59=102")
     elif command == "recall":
         roles = [f"{kind} {number}" for number in (1, 2, 3, 4) for kind in ("letter", "digit")]
-        meta = prepare_examples(recall_examples(), folder, 0.1, [*roles, "question", "answer"])
+        roles += ["question", "answer"]
+        meta = prepare_examples(recall_examples(), folder, 0.1, roles, "c4a1d7b2a1")
     elif command == "examples":
         meta = prepare_examples(read_examples(options.paths[0]), folder, options.val_fraction)
     elif command == "text":

@@ -9,16 +9,14 @@ repeated; one that is interrupted starts anew.
 Where a pattern is fixed, the softmax runs over its edges only. `learned` finds the best pattern: a gate of
 its own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
 model's own bound, but blind to content. `fixed` keeps the best of these edges, as many as the sparse model
-has, and trains again without noise. `hand`: a pattern that a person wrote, for addition and recall. `window`,
-on text: one head in each of the first two layers reads its own position and the ones just before. `top`: the
-attention weights that are furthest above their query's mean, of all layers and heads; edges close slowly.
+has, and trains again without noise. `hand`: a pattern that a person wrote, for addition and recall. `top`:
+the attention weights that are furthest above their query's mean, of all layers and heads; edges close slowly.
 """
 
 import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that
 import train
 from data.dataset import Dataset
 from gates import AttentionStats, causal_scores, edge_penalty
-from model import GPT, causal_mask
+from model import GPT
 from support import command_line, pictures, ranks
 from support.command_line import arguments, option
 from support.files import make_folder, read_json, write_json
@@ -36,7 +34,7 @@ from support.held_out import HeldOut
 from support.report import evaluate, read_summary, result_line
 from support.runs import Run, code_of
 
-BASELINES = ("top", "learned", "fixed", "window", "hand")  # in this order: fixed takes the edges of learned
+BASELINES = ("top", "learned", "fixed", "hand")  # in this order: fixed takes the edges of learned
 HAND = {  # layer, query, key, all of head 0
     # sums are formed where the second digits stand, and read by the positions that predict the answer
     "addition": [(0, 3, 0), (0, 4, 1), (1, 5, 3), (1, 5, 4), (1, 6, 3), (1, 6, 4), (1, 7, 4)],
@@ -48,7 +46,6 @@ HAND = {  # layer, query, key, all of head 0
 @dataclass
 class BaselineConfig:
     folders: tuple = arguments("one or more folders that train.py wrote", 1, 100)
-    edges: float = option(0.0, "fraction to keep; 0: as many as the sparse model", at_least=0, below=1)
     picture: str = option("out/baselines.png", "where to draw")
 
 
@@ -74,7 +71,7 @@ def learned_attention(log_alpha, q, k, v, bias, gate, training):
     """Attention through gates that do not see the content. log_alpha: a function -> (H, T, T)."""
     a, T = log_alpha(), q.size(2)
     z = gate.sample(a.expand(len(q), -1, -1, -1)) if training else gate.deterministic(a)
-    z = z * causal_mask(T, T, q.device)
+    z = z.tril()
     scores = causal_scores(q, k).masked_fill(z == 0, torch.finfo(torch.float32).min / 4)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp() * z
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)  # over the open edges only
@@ -114,18 +111,6 @@ class Top:
 # Patterns
 
 
-def window_edges(model, fraction, T):
-    """(L, H, T, T) bool: head 0 of layers 0 and 1 reads its own position and the ones before, in whole
-    offsets; where that is not enough, head 1, and so on."""
-    c, offset = model.config, torch.arange(T)[:, None] - torch.arange(T)
-    edges = torch.zeros(c.n_layer, c.n_head, T, T, dtype=torch.bool)
-    n_edges = fraction * c.n_layer * c.n_head * T * (T + 1) / 2
-    for head, width, layer in product(range(c.n_head), range(T), range(min(2, c.n_layer))):
-        if edges.sum() < n_edges:
-            edges[layer, head] |= offset == width
-    return edges
-
-
 class Learned(torch.nn.Module):
     """log_alpha of every (layer, head, offset), or of every (layer, head, query, key) of a toy task."""
 
@@ -149,12 +134,11 @@ def hand_edges(model, dataset, T):
     return edges
 
 
-def best_edges(path, learned, n_layer, fraction, T):
-    """(L, H, T, T) bool: the largest log_alpha of a Learned, read from path, until the fraction is reached
-    (offsets are taken whole)."""
-    learned.load_state_dict(torch.load(path, weights_only=True))
+def best_edges(learned, n_layer, fraction, T):
+    """(L, H, T, T) bool: the largest log_alpha, until the fraction is reached (offsets are taken whole)."""
     a = torch.stack([learned(layer).detach() for layer in range(n_layer)])
-    a = a.masked_fill(~causal_mask(T, T, a.device), float("-inf"))
+    later = torch.ones(T, T, dtype=torch.bool, device=a.device).triu(1)
+    a = a.masked_fill(later, float("-inf"))
     n_edges = max(1, round(fraction * a.isfinite().sum().item()))
     return a >= a.flatten().topk(n_edges).values[-1]
 
@@ -172,23 +156,13 @@ def gated_copy(dense, attends):
     return model
 
 
-def trained(run, name, model, dense, bounded=False):
-    """Train as the sparse phase does, under its bound or for the loss alone. Returns what evaluate finds."""
-    config, bound, held_out = run.config, None, None
-    if bounded:
-        held_out = HeldOut(run, dense)
-        bound = train.loss_bound(held_out, config)
-    train.fit(run, name, model, config.sparsify_steps, bound=bound, held_out=held_out)
-    return evaluate(model, run.data, config.batch_size)
-
-
-def train_baselines(folder, summary, options):
+def train_baselines(folder, summary):
     """Train the baselines that a folder lacks. Returns {name: what evaluate found}."""
     config = replace(train.TrainConfig(**summary["config"]), resume=False)
     data = Dataset(config.dataset, config.block_size, config.data_dir, ranks.find_device(config.device))
     out = make_folder(folder / "baselines")
     dense = GPT.from_pretrained(folder / "dense.pt").to(data.device)
-    fraction = options.edges or summary["edges_hard"]
+    fraction = summary["edges_hard"]
     T, n_layer = data.sequence_tokens, dense.config.n_layer
     learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
     run = Run(replace(config, out_dir=str(out)), data, data.device, out, None, [])
@@ -196,7 +170,7 @@ def train_baselines(folder, summary, options):
     of_what["code"] = code_of("experiments/baselines.py")
     results = {}
     for name in BASELINES:
-        if name == "window" and data.is_task or name == "hand" and config.dataset not in HAND:
+        if name == "hand" and config.dataset not in HAND:
             continue
         path = out / f"{name}.json"
         if path.is_file() and of_what.items() <= read_json(path).items():
@@ -208,18 +182,20 @@ def train_baselines(folder, summary, options):
         elif name == "learned":
             attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
         else:
-            patterns = {
-                "fixed": lambda: best_edges(out / "learned_gates.pt", learned, n_layer, fraction, T),
-                "window": lambda: window_edges(dense, fraction, T),
-                "hand": lambda: hand_edges(dense, config.dataset, T),
-            }
-            attends = [partial(masked_attention, e) for e in patterns[name]().to(data.device)]
+            if name == "fixed":
+                learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
+                edges = best_edges(learned, n_layer, fraction, T)
+            else:
+                edges = hand_edges(dense, config.dataset, T)
+            attends = [partial(masked_attention, e) for e in edges.to(data.device)]
         model = gated_copy(dense, attends).to(data.device)
-        if name == "learned":
+        if name == "learned":  # under the sparse model's bound; the others for the loss alone
             model.learned = learned  # its parameters train, too
-        results[name] = {**of_what, **trained(run, name, model, dense, bounded=name == "learned")}
-        if name == "learned":
+            train.fit(run, name, model, HeldOut(run, dense))
             torch.save(learned.state_dict(), out / "learned_gates.pt")
+        else:
+            train.fit(run, name, model)
+        results[name] = {**of_what, **evaluate(model, data, config.batch_size)}
         write_json(results[name], path)
     return results
 
@@ -228,7 +204,7 @@ def main(argv):
     options = command_line.parse(BaselineConfig(), argv, __doc__)
     summaries, panels = {Path(folder): read_summary(folder) for folder in options.folders}, {}
     for folder, summary in summaries.items():
-        found = train_baselines(folder, summary, options)
+        found = train_baselines(folder, summary)
         sparse = {"loss": summary["sparse_loss"], **summary, "accuracy": summary.get("sparse_accuracy")}
         found = {"sparse": {key: value for key, value in sparse.items() if value is not None}, **found}
         panels[folder.name] = summary, found

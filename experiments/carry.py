@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that
 from data.dataset import Dataset
 from model import GPT
 from support import command_line
+from support.checkpoints import open_pretrained
 from support.command_line import arguments, option
 
 
@@ -43,7 +44,9 @@ def main(argv):
     digit = idx - data.meta["characters"].index("0")
     carry, found = digit[:, 1] + digit[:, 4] >= 10, 0
     for path in config.models:
-        layer, query, key, often, seldom = carry_edge(GPT.from_pretrained(path), idx, carry)
+        source = open_pretrained(path)
+        data.check_tokenizer(source.tokenizer, path)
+        layer, query, key, often, seldom = carry_edge(GPT.from_pretrained(source), idx, carry)
         found += often > 0.9 and seldom < 0.1
         print(f"{path}: layer {layer}, {query} reads {key}: {often:.1%} with a carry, {seldom:.1%} without")
     print(f"in {found} of {len(config.models)} an edge is open in over 90 % with a carry, under 10 % without")

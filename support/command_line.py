@@ -40,6 +40,7 @@ def arguments(help, at_least, at_most):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        message = message.replace("expected one argument", "a value is missing: write --name=value")
         raise UserError(message.removeprefix("argument "))
 
 
@@ -58,6 +59,7 @@ def parse(config, argv, doc=""):
         default, choices = getattr(config, field.name), field.metadata["choices"]
         meaning = field.metadata["help"] + (f" (one of {', '.join(choices)})" if choices else "")
         if field.type is bool:
+            meaning += f" (default: {'on' if default else 'off'})"
             how = {"action": argparse.BooleanOptionalAction, "help": meaning}
         else:
             how = {"type": reader(field), "metavar": default, "help": meaning}
@@ -65,7 +67,8 @@ def parse(config, argv, doc=""):
     values, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{f.name}" for f in dataclasses.fields(config)], n=1)
+        options = [f"--{f.name}" for f in dataclasses.fields(config) if "count" not in f.metadata]
+        near = difflib.get_close_matches(name, options, n=1)
         raise UserError(f"what is {name}? " + (f"Did you mean {near[0]}?" if near else "See --help"))
     tuples = {name: tuple(value) for name, value in vars(values).items() if isinstance(value, list)}
     config = dataclasses.replace(config, **vars(values) | tuples)

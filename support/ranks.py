@@ -24,12 +24,12 @@ def find_device(name):
     n_cuda = torch.cuda.device_count()
     known = ["cpu", *["mps"] * torch.backends.mps.is_available(), *(f"cuda:{n}" for n in range(n_cuda))]
     if name == "cuda" or (name == "auto" and n_cuda):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    elif name == "auto":
-        name = known[-1]
-    if name in known:
-        return name
-    if name.startswith("cuda"):
+        found = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    else:
+        found = known[-1] if name == "auto" else name
+    if found in known:
+        return found
+    if found.startswith("cuda"):
         raise UserError(f"--device is {name}, but PyTorch sees {n_cuda} CUDA devices: choose auto or cpu")
     raise UserError(f"--device is {name!r}: choose auto, cpu, cuda, cuda:N or mps")
 

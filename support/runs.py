@@ -36,7 +36,11 @@ def resumed(config):
     if len(saved["noise"]) != ranks.world_size():
         sizes = f"{path} is of {len(saved['noise'])} processes, here are {ranks.world_size()}"
         raise UserError(f"{sizes}: give torchrun the same --nproc_per_node")
-    return dataclasses.replace(config, **saved["config"] | {"resume": True, "out_dir": config.out_dir}), saved
+    fields = saved["config"] | {"resume": True, "out_dir": config.out_dir}
+    try:
+        return dataclasses.replace(config, **fields), saved
+    except TypeError as error:  # a field that is no more
+        raise UserError(f"{path} is of another version ({error}): start over in another --out_dir")
 
 
 def check_folder(config):
@@ -173,22 +177,19 @@ class Run:
             torch.cuda.set_rng_state(saved["noise_cuda"][ranks.rank()])
 
     def draw(self, dense, sparse):
-        """Write edges.png, attention.png and training.png, and return their paths. They show plot_text, or
-        the first example of the validation split; of running text, edges.png has the sparse model alone.
-        Where GPT-2's tokenizer cannot be downloaded, nothing is drawn: the run is worth more than that."""
+        """Write edges.png, attention.png and training.png, and return their paths. They show the dataset's
+        own choice, or the first example of the validation split; of running text, edges.png has the sparse
+        model alone. Where GPT-2's tokenizer cannot be downloaded, nothing is drawn: the run is worth more
+        than that."""
         try:
-            tokenizer, text = tokenizer_of(self.data.meta), self.config.plot_text
+            tokenizer = tokenizer_of(self.data.meta)
         except UserError as error:
             print(f"note: nothing is drawn: {error}")
             return []
         idx = next(self.data.sequential("val", 1))[0][:, :24]
-        if text:
-            try:
-                tokens = torch.from_numpy(tokenizer.encode(text).astype("int64"))
-                length = self.data.example_length or len(tokens)
-                idx = tokens.view(-1, length)[:, : self.data.sequence_tokens].to(self.device)
-            except (UserError, RuntimeError) as error:  # unknown characters; no whole examples
-                print(f"note: --plot_text {text!r} is not drawn: {error}")
+        if "shown" in self.data.meta:
+            tokens = torch.from_numpy(tokenizer.encode(self.data.meta["shown"]).astype("int64"))
+            idx = tokens.view(-1, self.data.example_length)[:, :-1].to(self.device)
         models = {"dense": dense, "sparse": sparse}
         shown = models if self.data.is_task else {"sparse": sparse}
         figures = {

@@ -36,7 +36,7 @@ BAD = [
     (["--rate=fast"], "--rate: invalid number value: 'fast'"),
     (["--rate=nan"], "--rate: invalid number value: 'nan'"),
     (["--bias=automatic"], "--bias: invalid number value: 'automatic'"),
-    (["--steps"], "--steps: expected one argument"),
+    (["--steps"], "--steps: a value is missing: write --name=value"),
     (["--steps=-3"], "--steps is -3: give at least 1"),
     (["--rate=0"], "--rate is 0.0: give more than 0"),
     (["--rate=1"], "--rate is 1.0: give less than 1"),

@@ -51,6 +51,15 @@ def test_pictures(program, models, ending):
     assert all((models / f"{name}.{ending}").stat().st_size > 5000 for name in "ab")
 
 
+def test_a_model_is_compared_with_itself_when_an_edge_is_forced(program, models, monkeypatch):
+    seen, records_of = [], sample.pictures.records_of
+    monkeypatch.setattr(sample.pictures, "records_of", lambda m, *_: seen.append([*m]) or records_of(m, *_))
+    path = models / "sparse.pt"
+    argv = [path, f"--compare={path}", "--force=0.1=closed", "--prompt=4+5=", f"--edges={models}/b.png"]
+    code, _, err = program(sample.main, *argv)
+    assert code == 0 and seen == [[str(path), f"{path}, forced"]], err
+
+
 def test_eval_only_prints_the_figures(program, models, data_dir):
     argv = [models / "sparse.pt", "--eval_only", "--dataset=sums", f"--data_dir={data_dir}"]
     code, out, _ = program(sample.main, *argv)
@@ -61,7 +70,6 @@ BAD = [
     (["{}/sparse.pt", "--prompt=4+x="], "the model does not know 'x': use only the characters '+01"),
     (["{}/sparse.pt", "--prompt=4+5=0"], "--prompt '4+5=0' has 5 characters, this task's prompts have 4"),
     (["{}/sparse.pt"], "--prompt '' has 0 characters, this task's prompts have 4: give one or more whole"),
-    (["{}/text.pt", "--prompt=abcabcabc"], "--prompt has 9 tokens, the model sees 8 at once: shorten it"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/no/such/folder/a.png"], "in an existing folder"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a"], "that ends in .png, .svg or .pdf"),
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a.doc"], "that ends in .png, .svg or .pdf"),

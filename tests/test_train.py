@@ -208,6 +208,12 @@ def test_post_training_an_existing_dense_model(small, tmp_path, capsys):
         train(replace(small, init_from=str(tmp_path / "run" / "sparse.pt")))
 
 
+def test_a_run_that_is_not_told_where_to_write_does_not_write_here(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(replace(small, out_dir="", pretrain_steps=1, sparsify_steps=1))
+    assert (tmp_path / "out" / "sums" / "summary.json").is_file()
+
+
 def test_text_runs_too(tmp_path):
     prepare_text([ROOT / "LICENSE", ROOT / "README.md"], tmp_path / "data" / "text", "char", 0.1)
     summary = train(replace(
@@ -333,7 +339,7 @@ def test_resuming_after_init_from_does_not_need_it_again(small, never_stopped, t
 def test_ctrl_c_on_the_command_line(small, monkeypatch, program):
     names = "dataset data_dir out_dir n_layer n_head n_embd block_size batch_size".split()
     flags = [f"--{name}={getattr(small, name)}" for name in names]
-    flags += ["--pretrain_steps=5", "--sparsify_steps=5", "--device=cpu", "--plot_text="]
+    flags += ["--pretrain_steps=5", "--sparsify_steps=5", "--device=cpu"]
     stop_at(monkeypatch, 7)
     code, _, err = program(train_module.main, "addition", *flags)
     assert code == 130 and err == "stopped: sparse after step 2 of 5, and saved: --resume goes on\n"
@@ -451,6 +457,9 @@ def test_nothing_to_resume_and_a_damaged_last_pt(small, tmp_path):
         train(replace(small, resume=True))
     save_checkpoint({"format": "something else"}, tmp_path / "run" / "last.pt")
     with pytest.raises(UserError, match="last.pt is no nanosparse run"):
+        train(replace(small, resume=True))
+    save_checkpoint({"format": RUN, "noise": [0], "config": {"no_more": 1}}, tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match="last.pt is of another version .*no_more.*: start over in another"):
         train(replace(small, resume=True))
 
 
