@@ -12,14 +12,12 @@ import torch
 
 import model
 from circuits import Circuit, CircuitConfig
-from data import prepare
 from data.dataset import read_meta
 from data.tasks import Task
-from experiments import baselines, circuit_curve, explain, growth, peer, seeds
+from experiments import baselines, circuit_curve, growth, peer, seeds
 from experiments.carry import carry_edge
 from gates import GATES
 from model import AttentionRecord
-from readings import Edge
 from support.checkpoints import save_model
 from support.command_line import UserError
 from support.files import read_json, write_json
@@ -228,17 +226,3 @@ def test_the_edge_that_tells_the_carry_is_found(monkeypatch):
             return AttentionRecord(edges.float(), edges.float())
 
     assert carry_edge(Planted(), torch.zeros(40, 8), carry) == (1, 6, 4, 1.0, 0.0)
-
-
-def test_the_program_of_addition_adds_and_is_held_against_a_model(program, tmp_path):
-    for a, b in product(range(100), repeat=2):
-        edges, answer = explain.program(a // 10, a % 10, b // 10, b % 10)
-        assert answer == a + b and (Edge(1, 2, 6, 4) in edges) == (a % 10 + b % 10 >= 10)
-    program(prepare.main, "addition", f"--data_dir={tmp_path}")
-    model = tiny(vocab_size=12, n_layer=2, gate="hard_concrete")
-    for block in model.h:
-        block.attn.gate_bias.data.fill_(-99.0)  # no edge is open
-    save_model(model, tmp_path / "sparse.pt", read_meta(tmp_path / "addition"), {})
-    code, out, _ = program(explain.main, tmp_path / "sparse.pt", f"--data_dir={tmp_path}")
-    assert code == 0 and "edges: 0 predicted rightly of" in out
-    assert "all edges are predicted: 0 of 10,000" in out
