@@ -18,7 +18,7 @@ SHORT = {  # what is appended to a command of each program
     "train": "--pretrain_steps=3 --sparsify_steps=3 --batch_size=500 --eval_iters=1 --device=cpu",
     "circuits": "--steps=3 --examples=20 --no-sweep",
 }
-NOT_HERE = "pip install|prepare.py shakespeare|openwebtext|gpt2|bench.py|shakespeare_char|--seeds"  # slow
+NOT_HERE = "-m venv|pip install|prepare.py shakespeare|openwebtext|gpt2|bench.py|shakespeare_char|--seeds"  # slow
 
 
 def blocks(language, name="README.md"):
