@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.tokenizer import tokenizer_of
 from model import evaluating
@@ -157,7 +158,8 @@ def read_heads(model, data):
     edges, tokens = open_edges(model, idx), idx.cpu().numpy()
     known = symbols_of(data, idx) if data.is_task else token_groups(data, tokens)  # the same for all heads
     cards = []
-    for layer, head in product(range(edges.size(0)), range(edges.size(1))):
+    heads = list(product(range(edges.size(0)), range(edges.size(1))))
+    for layer, head in tqdm(heads, unit="head", leave=False, disable=None):  # None: only on a terminal
         found = edges[layer, head].nonzero().T.numpy()  # (3, n): sequence, query, key
         if not found.size:
             continue
