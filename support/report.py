@@ -104,11 +104,17 @@ def summarise(config, phases, results, device):
 
 
 def read_summary(folder):
-    """The contents of a run's summary.json. Raises UserError for a folder without one."""
+    """The contents of a run's summary.json. Raises UserError for a folder without one, and for a
+    damaged one."""
     path = Path(folder) / "summary.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
-    return read_json(path)
+    try:
+        summary = read_json(path)
+        summary["config"]
+        return summary
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged: delete it, or give another folder")
 
 
 def missed_bound(summary):

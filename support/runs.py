@@ -19,8 +19,7 @@ from data.tokenizer import tokenizer_of
 from support import pictures, ranks
 from support.checkpoints import RUN, load_checkpoint, save_checkpoint
 from support.command_line import UserError
-from support.files import read_json
-from support.report import evaluate, progress_line, result_line
+from support.report import evaluate, progress_line, read_summary, result_line
 
 PHASES = ("dense", "sparse", "control")
 
@@ -47,7 +46,7 @@ def check_folder(config):
     """Raise UserError if config.out_dir holds a run with other settings, or one that was interrupted."""
     folder = Path(config.out_dir)
     if (folder / "summary.json").is_file():
-        old = read_json(folder / "summary.json")["config"]
+        old = read_summary(folder)["config"]
         new = dataclasses.asdict(config) | {name: old[name] for name in ("resume", "out_dir")}
         different = [name for name in new if old.get(name) != new[name]]
         if different:

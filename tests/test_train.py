@@ -463,6 +463,14 @@ def test_nothing_to_resume_and_a_damaged_last_pt(small, tmp_path):
         train(replace(small, resume=True))
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_summary_is_one_sentence(small, tmp_path, content):
+    Path(small.out_dir).mkdir()
+    (tmp_path / "run" / "summary.json").write_text(content)
+    with pytest.raises(UserError, match="summary.json is damaged: delete it, or give another folder"):
+        train(small)
+
+
 def test_a_checkpoint_that_does_not_fit_the_dataset(small, never_stopped, tmp_path):
     (tmp_path / "text.txt").write_text("other characters " * 50)
     prepare_text([tmp_path / "text.txt"], tmp_path / "data" / "text", "char", 0.1)
