@@ -230,7 +230,10 @@ def prepare_examples(pairs, folder, val_fraction, roles=(), shown=""):
     examples = np.random.default_rng(0).permutation(examples)
     n_val = round(len(examples) * val_fraction)
     task = {"example_length": examples.shape[1], "answer_start": len(pairs[0][0])}
-    task |= {key: value for key, value in (("roles", roles), ("shown", shown)) if value}
+    if roles:
+        task["roles"] = roles
+    if shown:
+        task["shown"] = shown
     pieces = [("train", examples[n_val:]), ("val", examples[:n_val] if val_fraction else examples)]
     return write_dataset(folder, pieces, {**tokenizer.meta(), **task})
 

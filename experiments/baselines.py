@@ -181,13 +181,12 @@ def train_baselines(folder, summary):
             attends = [Top(fraction, n_layer, config.sparsify_steps)] * n_layer
         elif name == "learned":
             attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
+        elif name == "fixed":
+            learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
+            attends = [partial(masked_attention, e) for e in best_edges(learned, n_layer, fraction, T)]
         else:
-            if name == "fixed":
-                learned.load_state_dict(torch.load(out / "learned_gates.pt", weights_only=True))
-                edges = best_edges(learned, n_layer, fraction, T)
-            else:
-                edges = hand_edges(dense, config.dataset, T)
-            attends = [partial(masked_attention, e) for e in edges.to(data.device)]
+            edges = hand_edges(dense, config.dataset, T).to(data.device)
+            attends = [partial(masked_attention, e) for e in edges]
         model = gated_copy(dense, attends).to(data.device)
         if name == "learned":  # under the sparse model's bound; the others for the loss alone
             model.learned = learned  # its parameters train, too

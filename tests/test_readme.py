@@ -18,7 +18,8 @@ SHORT = {  # what is appended to a command of each program
     "train": "--pretrain_steps=3 --sparsify_steps=3 --batch_size=500 --eval_iters=1 --device=cpu",
     "circuits": "--steps=3 --examples=20 --no-sweep",
 }
-NOT_HERE = "-m venv|pip install|prepare.py shakespeare|openwebtext|gpt2|bench.py|shakespeare_char|--seeds"  # slow
+# slow, or of an environment
+NOT_HERE = "-m venv|pip install|prepare.py shakespeare|openwebtext|gpt2|bench.py|shakespeare_char|--seeds"
 
 
 def blocks(language, name="README.md"):

@@ -41,6 +41,11 @@ def test_text_is_reproducible_from_its_seed(program, models):
     assert one.count("abc") >= 2
 
 
+def test_a_prompt_may_be_longer_than_the_context(program, models):
+    code, out, err = program(sample.main, models / "text.pt", "--prompt=abcabcabc", "--max_new_tokens=2")
+    assert code == 0 and out.startswith("abcabcabc") and len(out) == 12, err
+
+
 @pytest.mark.parametrize("ending", ["png", pytest.param("svg", marks=pytest.mark.slow)])
 def test_pictures(program, models, ending):
     code, out, _ = program(
