@@ -20,7 +20,7 @@ demo: .venv/installed
 	@[ -f data/addition/meta.json ] || $(PY) data/prepare.py addition
 	@if [ -f $(OUT)/summary.json ]; then echo "$(OUT) holds trained models: nothing to do (make clean starts over)"; \
 	else $(PY) train.py addition $$([ -f $(OUT)/last.pt ] && echo --resume); fi
-	@if [ -f $(OUT)/circuits.json ]; then echo "$(OUT)/circuits.json is there: nothing to do"; \
+	@if [ $(OUT)/circuits.json -nt $(OUT)/sparse.pt ]; then echo "$(OUT) has circuits: nothing to do"; \
 	else $(PY) circuits.py addition; fi
 
 test: .venv/triton

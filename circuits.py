@@ -29,6 +29,7 @@ import copy
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +172,7 @@ class Circuit:
         everywhere = torch.arange(clean.size(1), device=clean.device).expand_as(clean)
         with evaluating(self.model):
             problem = Problem(self.model, clean, corrupted, everywhere, self.ablation, self.by_position)
-            return torch.cat(list(problem.logits(self.mask(clean.size(1)))))
+            return problem.logits(self.mask(clean.size(1)))
 
     def save(self, path):
         """Write everything but the model as JSON."""
@@ -221,6 +222,10 @@ class Problem:
         self.candidates = self.graph.effective(candidates, self.links)
 
     def logits(self, mask):
+        """A circuit's logits, (N, K, V)."""
+        return torch.cat(list(self.chunks(mask)))
+
+    def chunks(self, mask):
         """A circuit's logits (B, K, V), for one chunk of examples after the other."""
         z = mask.to(self.ablated.device, self.ablated.dtype)
         examples = self.clean, self.ablated, self.positions
@@ -232,7 +237,7 @@ class Problem:
         """Whether the circuit's mean KL over all examples is at most bound. Stops as soon as the sum is too
         large."""
         left = bound * self.positions.numel()
-        for full, logits in zip(self.full.split(CHUNK), self.logits(mask)):
+        for full, logits in zip(self.full.split(CHUNK), self.chunks(mask)):
             left -= kl_divergence(full, logits).sum().item()
             if not left >= 0:  # nor if it is not a number
                 return False
@@ -262,7 +267,7 @@ class Problem:
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first,
         and put back where the bound would not hold. The examples with the largest KL come first, so that
         `fits` stops early."""
-        kl = kl_divergence(self.full, torch.cat(list(self.logits(mask)))).sum(dim=1)
+        kl = kl_divergence(self.full, self.logits(mask)).sum(dim=1)
         hardest, order = copy.copy(self), kl.argsort(descending=True)
         for name in ("clean", "positions", "full", "ablated"):
             setattr(hardest, name, getattr(self, name)[order])
@@ -354,7 +359,7 @@ def scores(circuit, task):
     with evaluating(circuit.model):
         problem = Problem(circuit.model, task.clean, task.corrupted, task.positions, circuit.ablation)
         mask = circuit.mask(task.clean.size(1))
-        logits, empty = (torch.cat(list(problem.logits(m))) for m in (mask, torch.zeros_like(mask)))
+        logits, empty = (problem.logits(m) for m in (mask, torch.zeros_like(mask)))
     answers, wrong, full = task.answers, task.wrong, problem.full
     mean = lambda values: values.cpu().double().mean().item()
     accuracy = lambda logits: mean((logits.argmax(dim=-1) == answers).all(dim=1))
@@ -386,7 +391,7 @@ class CircuitConfig:
     sparse: str = option("", "the sparse model, likewise")
     data: str = option("", "your own examples, JSON lines: clean, corrupted, answer, wrong_answer")
     data_dir: str = option("data", "where the datasets are")
-    out_dir: str = option("", "where to write; empty: out/<task>")
+    out_dir: str = option("", "where to write; empty: out/<task>, with --sparse a folder <task> beside it")
     examples: int = option(0, "pairs of prompts to search on, and others to score on; 0: by task", at_least=0)
     bound: float = option(0.001, "KL(full model || circuit) of the answer's tokens at most, nats", above=0)
     ablation: str = option("corrupted", "what closed edges deliver, see ablated_writers", choices=ABLATIONS)
@@ -402,6 +407,8 @@ class CircuitConfig:
 def open_task(config):
     """({dense, sparse: model}, their tokenizer's meta, (examples to search on, others to score on))."""
     name, device = config.task[0], find_device(config.device)
+    if not config.data:
+        tasks.check_name(name, config.data_dir)
     files = [getattr(config, n) or f"out/{tasks.home(name)}/{n}.pt" for n in ("dense", "sparse")]
     dense, sparse = map(open_pretrained, files)
     check_comparable(dense, sparse)
@@ -413,10 +420,16 @@ def open_task(config):
     return models, dense.tokenizer, [half.to(device) for half in task.halves()]
 
 
+def folder_of(config):
+    """The folder to write to: out_dir, or the task's own."""
+    beside = Path(config.sparse).parent if Path(config.sparse).is_file() else Path("out")
+    return make_folder(config.out_dir or beside / config.task[0])
+
+
 def main(argv):
     config = command_line.parse(CircuitConfig(), argv, __doc__)
     models, meta, (searched, scored) = open_task(config)
-    folder = make_folder(config.out_dir or f"out/{config.task[0]}")
+    folder = folder_of(config)
     circuits, reports = {}, {}
     for which, model in models.items():
         circuits[which], reports[which] = [], []

@@ -134,8 +134,8 @@ def attention_stats(pattern, log_alpha, gate):
     """AttentionStats of what attention_pattern returned."""
     B, H, Tq, Tk = log_alpha.shape
     n_pairs = B * Tq * (2 * Tk - Tq + 1) // 2
-    mean_over_pairs = lambda x: x.sum(dim=(0, 2, 3)) / n_pairs  # (H,); later keys are closed and add nothing
-    penalty = mean_over_pairs(edge_penalty(gate, log_alpha).tril(Tk - Tq))  # tril: yours may not be 0 there
+    mean_over_pairs = lambda x: x.tril(Tk - Tq).sum(dim=(0, 2, 3)) / n_pairs  # (H,)
+    penalty = mean_over_pairs(edge_penalty(gate, log_alpha))
     with torch.no_grad():
         edges = gate.deterministic(log_alpha).sign()  # 1 open, 0 closed
         expected, hard = mean_over_pairs(gate.open_probability(log_alpha)), mean_over_pairs(edges)

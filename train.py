@@ -161,7 +161,8 @@ def training_step(
     total, held_out_loss, norm = ranks.mean(total, held_out_loss, norm)
     if not math.isfinite(total + held_out_loss + norm):
         wrong = f"the loss is {total}, held out {held_out_loss}, the norm of the gradient {norm}"
-        raise UserError(f"{wrong}: start again with a smaller --learning_rate or --sparsify_learning_rate")
+        remedy = "give a smaller --learning_rate or --sparsify_learning_rate, and another --out_dir"
+        raise UserError(f"{wrong}: {remedy}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
@@ -361,6 +362,10 @@ def main(argv):
     recipe = RECIPES[name]
     config = command_line.parse(recipe, argv, f"{__doc__}\nrecipe {name},")
     config.out_dir = config.out_dir or f"out/{name if config.dataset == recipe.dataset else config.dataset}"
+    for field in ("n_layer", "n_head", "n_embd", "bias"):
+        value = getattr(config, field)
+        if config.init_from != "scratch" and value != getattr(recipe, field):
+            raise UserError(f"--{field} is {value}, but --init_from decides it: leave it out")
     if config.resume and config != replace(recipe, resume=True, out_dir=config.out_dir):
         raise UserError("--resume goes on with the settings of the run: give no other option than --out_dir")
     train(config)

@@ -54,12 +54,20 @@ class Task(NamedTuple):
         return [Task(*(field[part] for field in self[:5]), self.aligned) for part in parts]
 
 
+def check_name(name, data_dir):
+    """Raise UserError for a task that is neither one of these nor a dataset."""
+    known, folder = ["induction", *NARROW, *TEMPLATES, *MAKE_COMMANDS], Path(data_dir) / name
+    if name not in known and not (folder / "meta.json").is_file():
+        known = ", ".join(known)
+        raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {folder} of it")
+
+
 def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False, dataset=None):
     """n examples of a task by its name, or all of a file, for a model of that GPTConfig whose tokenizer meta
     describes. n=0: 4,000 of a toy task's dataset, 1,000 of running text or of a narrow task, else 400.
     aligned: the prompts must have one length; dataset: what a narrow task is made from, unless from its home.
-    Raises UserError for a task that does not exist or does not fit."""
-    block_size, folder = model_config.block_size, Path(data_dir) / name
+    Raises UserError for a task that does not fit."""
+    block_size = model_config.block_size
     if file:
         task = from_file(file, tokenizer_of(meta))
     elif name == "induction":
@@ -68,13 +76,10 @@ def find(name, file, model_config, meta, n, seed, data_dir="data", aligned=False
         task = narrow(name, Dataset(dataset or home(name), block_size, data_dir), meta, n or 1000, seed)
     elif name in TEMPLATES:
         task = from_template(name, tokenizer_of(meta), n or 400, seed)
-    elif name in MAKE_COMMANDS or (folder / "meta.json").is_file():
+    else:
         data = Dataset(name, block_size, data_dir)
         data.check_tokenizer(meta, "the model")
         task = from_dataset(data, n or (4000 if data.is_task else 1000), seed)
-    else:
-        known = ", ".join(["induction", *NARROW, *TEMPLATES])
-        raise UserError(f"there is no task {name!r}: choose one of {known}, or make a dataset {folder} of it")
     T = task.clean.size(1)
     if T > block_size:
         raise UserError(f"{name} has prompts of {T} tokens, the model sees {block_size}: give another model")

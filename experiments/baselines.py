@@ -158,7 +158,8 @@ def gated_copy(dense, attends):
 
 def train_baselines(folder, summary):
     """Train the baselines that a folder lacks. Returns {name: what evaluate found}."""
-    config = replace(train.TrainConfig(**summary["config"]), resume=False)
+    known = train.TrainConfig.__dataclass_fields__.keys() & summary["config"].keys()
+    config = train.TrainConfig(**{name: summary["config"][name] for name in known} | {"resume": False})
     data = Dataset(config.dataset, config.block_size, config.data_dir, ranks.find_device(config.device))
     out = make_folder(folder / "baselines")
     dense = GPT.from_pretrained(folder / "dense.pt").to(data.device)

@@ -25,7 +25,7 @@ from gates import causal_scores
 from model import evaluating
 from support import command_line, pictures
 from support.command_line import UserError
-from support.files import make_folder, write_json
+from support.files import write_json
 from support.graph import reading
 from support.report import side_by_side
 from support.runs import code_of
@@ -59,7 +59,7 @@ def attribution(problem, answers, wrong):
 def faithfulness_of(problem, task):
     """A function: mask -> the fraction of the task's logit difference that the circuit keeps."""
     m = lambda logits: logit_difference(logits, task.answers, task.wrong).mean().item()
-    of = lambda mask: m(torch.cat(list(problem.logits(mask))))
+    of = lambda mask: m(problem.logits(mask))
     full, empty = m(problem.full), of(torch.zeros_like(problem.candidates))
     if abs(full - empty) < 1e-6:
         raise UserError("closing all edges changes no answer: there is nothing to explain, give another task")
@@ -170,7 +170,7 @@ def code():
 def main(argv, ways=WAYS):
     config = command_line.parse(CircuitConfig(), argv, __doc__)
     models, _, (searched, scored) = circuits.open_task(config)
-    folder = make_folder(config.out_dir or f"out/{config.task[0]}")
+    folder = circuits.folder_of(config)
     found, points = {}, {}
     for name, model in models.items():
         with evaluating(model):

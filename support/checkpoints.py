@@ -53,6 +53,8 @@ def open_pretrained(source):
     folder = Path(source)
     if str(source) in MODELS and not folder.exists():
         folder = download(str(source))
+    if (folder / "sparse.pt").is_file():
+        raise UserError(f"{folder} is a run: give one of its models, such as {folder / 'sparse.pt'}")
     if not folder.is_dir():
         saved = load_checkpoint(source)
         known = (saved["model_config"], saved["tokenizer"], saved["trained_on"])

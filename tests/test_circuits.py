@@ -55,7 +55,7 @@ def logits_of(model, mask, clean, corrupted, ablation="corrupted"):
     everywhere = torch.arange(clean.size(1)).expand_as(clean)
     with evaluating(model):
         problem = Problem(model, clean, corrupted, everywhere, ablation, mask.size(2) > 1)
-        return torch.cat(list(problem.logits(mask)))
+        return problem.logits(mask)
 
 
 def assert_close(a, b):
@@ -459,17 +459,19 @@ def test_positions_and_ones_own_examples(program, checkpoints, data_dir):
     lines = [dict(zip(names, (f"{a}+{b}=", f"{b}+{a}=", a, b))) for a, b in pairs]
     (checkpoints / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     argv = [*options(checkpoints, data_dir), f"--data={checkpoints}/own.jsonl", "--bound=1e-8"]
-    code, out, err = program(circuits.main, "sums", *argv, "--positions")
+    code, out, err = program(circuits.main, "own", *argv, "--positions", "--out_dir=")
     assert code == 0, err
-    assert "edges dense / sparse" in out and (checkpoints / "circuits_positions.png").stat().st_size > 5000
-    edges = json.loads((checkpoints / "circuit_positions_dense.json").read_text())["edges"]
+    folder = checkpoints / "own"
+    assert "edges dense / sparse" in out and (folder / "circuits_positions.png").stat().st_size > 5000
+    edges = json.loads((folder / "circuit_positions_dense.json").read_text())["edges"]
     assert edges and all(0 <= position < 4 for _, _, position in edges)
 
 
 WRONG = [
     (["sums", "--sparse={}/short.pt"], "short.pt has 1: compare models of one shape"),
+    (["sums", "--sparse={}"], " is a run: give one of its models, such as "),
     (["sums", "--sparse={}/none.pt"], "there is no checkpoint"),
-    (["nothing"], "there is no task 'nothing': choose one of induction, carry, last_digit, "),
+    (["nothing", "--dense=none.pt"], "no task 'nothing': choose one of induction, carry, last_digit, "),
     ([], "give one task, such as addition: 0 were given"),
     (["sums", "--ablation=noise"], "--ablation is 'noise': choose one of corrupted, mean, zero"),
     (["sums", "--bound=0"], "--bound is 0.0: give more than 0"),

@@ -174,6 +174,8 @@ def test_statistics_by_hand():
     assert stats.expected_edges.item() == pytest.approx((sigmoid(2) + sigmoid(-1) + sigmoid(1)) / 3)
     assert stats.empty_rows.item() == 0
     assert stats.mass_removed.item() == pytest.approx(0.75 / 2)
+    gate.open_probability = lambda x: torch.full_like(x, 0.5)  # one's own, which is not zero far below
+    assert attention_stats(pattern, log_alpha, gate).expected_edges.item() == pytest.approx(0.5)
 
 
 def test_edges_cost_less_in_one_head_than_shared_out_over_two():

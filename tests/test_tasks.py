@@ -200,7 +200,6 @@ def test_a_bad_file_is_one_sentence(tmp_path, lines, sentence):
 
 
 REFUSED = [
-    ("adition", "", {}, "there is no task 'adition': choose one of induction, carry, last_digit, "),
     ("addition", "", {}, "run `python data/prepare.py addition`"),
     ("speaker", "", {}, "run `python data/prepare.py shakespeare`"),
     ("mine", "own.jsonl", {}, "need prompts of one length, and those of mine differ: leave them out"),

@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data_dir):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     model.ln_f.weight.register_hook(lambda grad: grad * float("nan"))  # the loss stays finite
     batch = Dataset("sums", 5, data_dir).batch("train", 8, torch.Generator().manual_seed(0))
-    with pytest.raises(UserError, match="norm of the gradient nan: start again with a smaller"):
+    with pytest.raises(UserError, match="norm of the gradient nan: give a smaller"):
         training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), [batch], None, 1.0)
     assert same(before, model.state_dict())
 
@@ -366,7 +366,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
         return training_step(model, *args)
 
     monkeypatch.setattr(train_module, "training_step", step)
-    with pytest.raises(UserError, match="the loss is nan, .*: start again with a smaller --learning_rate"):
+    with pytest.raises(UserError, match="the loss is nan, .*: give a smaller --learning_rate"):
         train(small)
     saved = load_checkpoint(tmp_path / "run" / "last.pt", RUN)
     assert saved["step"] == 5 and all(p.isfinite().all() for p in saved["parts"]["model"].values())
@@ -432,6 +432,7 @@ BAD = [
     (["addition", "--device=cuda:99"], "--device is cuda:99, but PyTorch sees"),
     (["addition", "--data_dir=/nowhere"], "/nowhere/sums/meta.json is missing: run `python data/prepare.py"),
     (["addition", "--init_from=nothing.pt"], "there is no checkpoint nothing.pt"),
+    (["addition", "--init_from=nothing.pt", "--n_layer=2"], "--n_layer is 2, but --init_from decides it: le"),
     (["addition", "--min_lr=1"], "--min_lr 1.0 is above --learning_rate 0.003: lower it"),
     (["addition", "--seed=99999999999999999999"], "--seed is 99999999999999999999: give less than"),
     (["addition", "--block_size=3"], "block_size is 3, sums has examples of 6: give at least 5"),
