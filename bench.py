@@ -105,7 +105,7 @@ def attention_rows(config, shape, backward):
 
 
 def steps(config):
-    """Whole training steps with AdamW, dense, and gated under a bound."""
+    """Whole training steps with AdamW: dense, and gated under a bound, held-out pass included."""
     settings = {name: RECIPES[name] for name in ("addition", "shakespeare_char")}
     if config.cuda:
         gpt2 = partial(TrainConfig, block_size=1024)
@@ -135,7 +135,15 @@ def trainer(config, s, vocab_size, attend):
     optimizer, batches = make_optimizer(model, s, 0.0), [(tokens[:, :-1], tokens[:, 1:])]
     bound = None if attend == "dense" else LossBound(10.0)
     forward = torch.compile(model) if config.compile else model
-    return partial(training_step, forward, optimizer, batches, bound, s.grad_clip, autocast=autocast)
+
+    def step():
+        held_out_loss = 0.0
+        if bound is not None:  # what HeldOut.loss does, on a quarter of a batch
+            with evaluating(model), autocast():
+                held_out_loss = model(*(t[: max(1, s.batch_size // 4)] for t in batches[0]))[1].item()
+        training_step(forward, optimizer, batches, bound, s.grad_clip, held_out_loss, autocast)
+
+    return step
 
 
 def circuits(config):
@@ -169,7 +177,7 @@ MEASUREMENTS = {"attention": attention, "step": steps, "circuits": circuits}
 def measure(rows, config):
     """rows: {name: function without arguments}. Returns {name: figures or, in words, why there are none}:
     median, low and high quartile in milliseconds, and peak memory in MB (None where it is not counted)."""
-    synchronise = int if config.device == "cpu" else torch.accelerator.synchronize  # int() does nothing
+    synchronise = (lambda: None) if config.device == "cpu" else torch.accelerator.synchronize
     results, times = {}, {name: [] for name in rows}
     for name, run in rows.items():
         try:

@@ -42,7 +42,7 @@ from support import circuit_report, command_line
 from support.checkpoints import check_comparable, open_pretrained
 from support.command_line import UserError, arguments, option
 from support.files import make_folder, read_json, write_json
-from support.graph import Graph, tokens_read
+from support.graph import graph_of, node_of, tokens_read
 from support.ranks import find_device
 
 ABLATIONS = ("corrupted", "mean", "zero")
@@ -104,9 +104,8 @@ def ablated_writers(model, corrupted, ablation):
 
 
 def mixed(z, delta):
-    """sum_w z_rw * delta_w of the writers so far. z: (B, R', n, P), delta: (B, n, T, C) -> (B, R', T, C)."""
-    if z.size(3) == 1:
-        return torch.einsum("brw,bwtc->brtc", z[..., 0], delta)
+    """sum_w z_rw * delta_w of the writers so far. z: (B, R', n, P), delta: (B, n, T, C) -> (B, R', T, C).
+    P may be 1: einsum repeats it over the positions."""
     return torch.einsum("brwt,bwtc->brtc", z, delta)
 
 
@@ -135,11 +134,9 @@ def circuit_output(model, idx, z, ablated, attend=head_outputs):
     return (base + mixed(z[:, row:], delta))[:, 0]
 
 
-def read_out(model, x, positions=None):
-    """The residual stream x (B, T, C) -> logits (B, T, V), or (B, K, V) at positions (B, K)."""
-    if positions is not None:
-        x = x.gather(1, positions[:, :, None].expand(-1, -1, x.size(2)))
-    return model.read_out(x).float()
+def logits_at(model, x, positions):
+    """The residual stream x (B, T, C) -> logits (B, K, V) at positions (B, K)."""
+    return model.read_out(x.gather(1, positions[:, :, None].expand(-1, -1, x.size(2)))).float()
 
 
 def kl_divergence(full, circuit):
@@ -192,10 +189,6 @@ class Circuit:
         return circuit
 
 
-def graph_of(model):
-    return Graph(model.config.n_layer, model.config.n_head)
-
-
 class Problem:
     """A model, `evaluating`; examples, clean (N, T) tokens and positions (N, K); what closed edges deliver;
     the full model's answers. Masks are (R, W, P) bool. Raises UserError for logits that are not finite."""
@@ -206,7 +199,7 @@ class Problem:
         self.graph = graph_of(model)
         self.ablated = ablated_writers(model, corrupted, ablation).expand(len(clean), -1, -1, -1)
         pairs = zip(clean.split(CHUNK), self.positions.split(CHUNK))
-        full = [read_out(model, all_writers(model, idx).sum(dim=1), p) for idx, p in pairs]
+        full = [logits_at(model, all_writers(model, idx).sum(dim=1), p) for idx, p in pairs]
         self.full = torch.cat(full)  # (N, K, V)
         if not self.full.isfinite().all():
             raise UserError("the model's logits are not finite: give one that was trained without a NaN")
@@ -218,7 +211,7 @@ class Problem:
         candidates = self.graph.edges[:, :, None].repeat(1, 1, P)
         if by_position:
             candidates[-1] &= torch.isin(torch.arange(P), self.positions.cpu())
-        # ablated as on corrupted prompts, the others make no difference
+        # the others change nothing; with the ablations mean and zero they may, a little
         self.candidates = self.graph.effective(candidates, self.links)
 
     def logits(self, mask):
@@ -231,7 +224,7 @@ class Problem:
         examples = self.clean, self.ablated, self.positions
         for idx, ablated, positions in zip(*(t.split(CHUNK) for t in examples)):
             x = circuit_output(self.model, idx, z.expand(len(idx), -1, -1, -1), ablated)
-            yield read_out(self.model, x, positions)
+            yield logits_at(self.model, x, positions)
 
     def fits(self, mask, bound):
         """Whether the circuit's mean KL over all examples is at most bound. Stops as soon as the sum is too
@@ -248,16 +241,16 @@ class Problem:
         ranking = ranking.cpu().masked_fill(~self.candidates, -math.inf)
         return ranking.flatten().argsort(descending=True, stable=True)
 
-    def short_prefix(self, ranking, fits):
-        """By bisection: of the highest ranked candidates as few as fits(mask) takes, and of these the
-        effective ones. All candidates where no prefix fits."""
+    def short_prefix(self, ranking, is_enough):
+        """By bisection: of the highest ranked candidates as few as is_enough(mask) takes, and of these the
+        effective ones. All candidates where no prefix is."""
         order, shortest, low, high = self.order(ranking), self.candidates, -1, int(self.candidates.sum())
         while high - low > 1:
             middle = (low + high) // 2
             mask = torch.zeros(ranking.numel(), dtype=torch.bool)
             mask[order[:middle]] = True
             mask = self.graph.effective(mask.view(ranking.shape), self.links)
-            if fits(mask):
+            if is_enough(mask):
                 high, shortest = middle, mask
             else:
                 low = middle
@@ -286,7 +279,7 @@ class Problem:
         return Circuit(self.model, edges, self.ablation, self.by_position, found)
 
 
-def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
+def search(problem, bound, steps, seed, batch_size):
     """Edge pruning: log_alpha of every edge after so many steps, (R, W, P).
 
     All edges start at log_alpha 3, where a gate is below 1 in a fifth of the draws. Gates are drawn for every
@@ -295,23 +288,23 @@ def search(problem, bound, steps, seed, batch_size, learning_rate=0.1):
     bounds, the cost a sum over edges; the price of a bound starts at the number of edges, so that those that
     do not matter close first. The multiplier holds 0.7 bounds, as other examples have a larger KL. Adam
     forgets squared gradients within some twenty steps (beta2 0.95), since the KL of a circuit that fails is
-    hundreds of times the bound. The learning rate falls to a tenth."""
+    hundreds of times the bound. The learning rate falls from 0.1 to 0.01."""
     model, device = problem.model, problem.full.device
     generator = torch.Generator(device).manual_seed(seed)
     gate, candidates = GATES["hard_concrete"](), problem.candidates.to(device)
     log_alpha = torch.full(candidates.shape, 3.0, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([log_alpha], lr=learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam([log_alpha], betas=(0.9, 0.95))
     n = max(1, int(candidates.sum()))
     constraint = LossBound(0.7, 1.0, 0.05, decay=0.9, smallest=0.01, largest=n)  # on KL / bound
     everything = (problem.clean, problem.ablated, problem.positions, problem.full)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = 0.1 * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         rows = torch.randint(len(problem.clean), (batch_size,), generator=generator, device=device)
         clean, ablated, positions, full = (t[rows] for t in everything)
 
         def loss_of(z):
             x = circuit_output(model, clean, z * candidates, ablated)
-            return kl_divergence(full, read_out(model, x, positions)).mean() / bound
+            return kl_divergence(full, logits_at(model, x, positions)).mean() / bound
 
         u = torch.rand(batch_size, *candidates.shape, generator=generator, device=device)
         with torch.enable_grad():
@@ -337,7 +330,8 @@ def find_circuit(model, clean, corrupted, positions, *, bound=0.001, ablation="c
         ranking = search(problem, bound, steps, seed, batch_size)
         mask = problem.short_prefix(ranking, lambda mask: problem.fits(mask, bound))
         mask = problem.swept(mask, ranking, bound) if sweep else mask
-    found = {"bound": bound, "steps": steps, "seed": seed, "examples": len(clean)}
+        kl = kl_divergence(problem.full, problem.logits(mask)).mean().item()
+    found = {"bound": bound, "steps": steps, "seed": seed, "examples": len(clean), "kl_searched": kl}
     found |= {"candidates": int(problem.candidates.sum()), "seconds": round(time.time() - started, 1)}
     return problem.circuit(mask, **found)
 
@@ -365,11 +359,11 @@ def scores(circuit, task):
     accuracy = lambda logits: mean((logits.argmax(dim=-1) == answers).all(dim=1))
     m, m_full, m_empty = (mean(logit_difference(x, answers, wrong)) for x in (logits, full, empty))
     effect = {"faithfulness": (m - m_empty) / (m_full - m_empty)} if abs(m_full - m_empty) > 1e-6 else {}
-    nodes = {tuple(node.split(".")[:2]) for edge in circuit.edges for node in edge[:2]}  # a0, h1; m0; embed
+    nodes = {writer for writer, *_ in circuit.edges} | {node_of(reader)[0] for _, reader, *_ in circuit.edges}
     return {
         "edges": len(circuit.edges),
-        "heads": sum(len(node) == 2 for node in nodes),
-        "mlps": sum(node[0].startswith("m") for node in nodes),
+        "heads": sum(node[0] == "a" for node in nodes),
+        "mlps": sum(node[0] == "m" for node in nodes),
         "attention_edges": tokens_read(circuit, task.clean, task.positions),
         "kl": mean(kl_divergence(full, logits)),
         "accuracy": accuracy(logits),
@@ -413,9 +407,11 @@ def open_task(config):
     dense, sparse = map(open_pretrained, files)
     check_comparable(dense, sparse)
     models = {"dense": GPT.from_pretrained(dense), "sparse": GPT.from_pretrained(sparse)}
-    given = (name, config.data, models["dense"].config, dense.tokenizer, 2 * config.examples, config.seed)
-    aligned = config.positions or config.ablation == "mean"
-    task = tasks.find(*given, config.data_dir, aligned, dense.trained_on.get("dataset"))
+    task = tasks.find(
+        name, config.data, models["dense"].config, dense.tokenizer, n=2 * config.examples, seed=config.seed,
+        data_dir=config.data_dir, aligned=config.positions or config.ablation == "mean",
+        dataset=dense.trained_on.get("dataset"),
+    )  # fmt: skip
     models = {name: model.to(device).requires_grad_(False) for name, model in models.items()}
     return models, dense.tokenizer, [half.to(device) for half in task.halves()]
 
@@ -440,7 +436,6 @@ def main(argv):
                 by_position=config.positions, sweep=config.sweep,
             )  # fmt: skip
             figures = {**circuit.found, **scores(circuit, scored)}
-            figures["kl_searched"] = scores(circuit, searched)["kl"]
             print(circuit_report.line(which, figures), flush=True)
             circuits[which].append(circuit)
             reports[which].append(figures)

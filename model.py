@@ -74,7 +74,7 @@ class Attention(nn.Module):
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x)
-        if cache is not None:  # generation: {layer: keys and values of the positions before x}
+        if cache is not None:  # generation: {this module: (keys, values) of the positions before x}
             if self in cache:
                 k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (k, v)))
             cache[self] = k, v
@@ -82,8 +82,9 @@ class Attention(nn.Module):
             attend = self.attend if cache is None else gated_attention
             y, stats = attend(q, k, v, self.gate_bias, self.gate, self.training)
         else:
-            dropout = self.dropout if self.training else 0.0  # a single query, the newest, sees all keys:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+            dropout, past = self.dropout if self.training else 0.0, k.size(2) - T
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not past)
             one, zero = torch.ones(self.n_head, device=x.device), torch.zeros(self.n_head, device=x.device)
             stats = AttentionStats(one, one, one, zero, zero)  # every edge is there
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -184,7 +185,8 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
 
     def forward(self, idx, targets=None, return_stats=False, cache=None):
-        """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted.
+        """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted; cache: a
+        dict that is filled with keys and values, of the tokens before idx from then on.
 
         With targets: logits (B, T, V) and the mean loss in nats per predicted token. Without: logits (B, 1,
         V) of the last position, and None. With return_stats also AttentionStats stacked to (L, H). train()

@@ -29,6 +29,7 @@ from support.command_line import UserError
 
 COVERS = 0.9  # a head is named after a rule that this fraction of its edges keep
 MOST_PAIRS = 2**28  # N L H T T at most: that many bytes
+MOST_RULES = 2000  # that are tried in pairs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,11 +58,12 @@ class ForcedGate:
     def deterministic(self, log_alpha):
         z = self.gate.deterministic(log_alpha).clone()  # (B, H, Tq, Tk); the queries are the last positions
         n_queries, n_keys = z.shape[-2:]
+        first = n_keys - n_queries  # the position of the first query
         for edge, is_open in self.forces.items():
             if edge.query is None:
-                z[:, edge.head] = torch.ones_like(z[0, 0]).tril(n_keys - n_queries) * is_open
-            elif 0 <= edge.query - (n_keys - n_queries) < n_queries:
-                z[:, edge.head, edge.query - (n_keys - n_queries), edge.key] = is_open
+                z[:, edge.head] = torch.ones_like(z[0, 0]).tril(first) * is_open
+            elif first <= edge.query < n_keys:
+                z[:, edge.head, edge.query - first, edge.key] = is_open
         return z
 
 
@@ -220,7 +222,7 @@ def read_task_head(card, model, data, idx, targets, symbols, is_open, found):
             rule, agreement = simplest_rule(symbols, roles, query, now)
             if 1 - agreement < min(edge.frequency, 1 - edge.frequency) * 2 / 3:  # else it says little
                 edge.rule, edge.agreement = rule, agreement
-        effect = lambda state, rows: force(model, data, idx[rows], targets[rows], {edge.edge: state})
+        effect = lambda state, rows: effect_of(model, data, idx[rows], targets[rows], {edge.edge: state})
         edge.closed = effect(False, rows[now[rows]]) if now[rows].any() else None
         edge.opened = effect(True, rows[~now[rows]]) if not now[rows].all() else None
         card.edges.append(edge)
@@ -267,13 +269,17 @@ def simplest_rule(symbols, roles, query, is_open, tolerance=0.005):
     """(words, agreement) of the rule that says best in which examples an edge is open, (N,) bool: one of
     `rules`, or two joined by "and". It is chosen on one half of the examples, the simplest that is worse than
     the best by no more than the tolerance; the agreement is measured on the other half."""
-    half = np.random.default_rng(0).permutation(len(symbols))
-    symbols, is_open, n = symbols[half], is_open[half], len(symbols) // 2
-    complexity, words, holds = zip(*rules(symbols, roles, query, is_open[:n]))
-    R = np.array(holds, dtype=np.float32)  # (rules, N)
+    order = np.random.default_rng(0).permutation(len(symbols))
+    symbols, is_open, n = symbols[order], is_open[order], len(symbols) // 2  # the first n choose
+    complexity, words, holds = map(np.array, zip(*rules(symbols, roles, query, is_open[:n])))
+    sign = np.where(is_open[:n], 1, -1)
+    best = np.sort((holds[:, :n] @ sign).argsort()[::-1][:MOST_RULES])  # joined are only these
+    complexity, words, holds = complexity[best], words[best], holds[best]
     # "i and j" agrees where the edge is open and both hold, and where it is closed, unless both hold
-    both = (R[:, :n] * np.where(is_open[:n], 1, -1)) @ R[:, :n].T  # (rules, rules); diagonal: single ones
+    R = holds[:, :n].astype(np.float32)
+    both = (R * sign) @ R.T  # (rules, rules); diagonal: single ones
     agreement = (both + (~is_open[:n]).sum()) / n
+    # of two joined both complexities and 2, of a single one twice its own
     cost = np.add.outer(complexity, complexity) + 2.0 - 2 * np.eye(len(words))
     near = np.argwhere(agreement >= agreement.max() - tolerance)
     i, j = min(near, key=lambda pair: (cost[tuple(pair)], -agreement[tuple(pair)]))
@@ -281,7 +287,7 @@ def simplest_rule(symbols, roles, query, is_open, tolerance=0.005):
     return found, float(((holds[i] & holds[j])[n:] == is_open[n:]).mean())
 
 
-def force(model, data, idx, targets, forces):
+def effect_of(model, data, idx, targets, forces):
     """The Effect of forced edges on examples of a toy task, (N, T) each."""
     start, n_new = data.answer_start, data.example_length - data.answer_start
     with forced(model, forces):
@@ -292,8 +298,9 @@ def force(model, data, idx, targets, forces):
     decode = tokenizer_of(data.meta).decode
     pairs = [(decode(a), decode(b)) for a, b in zip(answers.tolist(), right.tolist())]
     if n_new > 1 and all(a.isdigit() and b.isdigit() for a, b in pairs):
-        differences = Counter(int(a) - int(b) for a, b in pairs if a != b).most_common(1)
-        for difference, n in differences:
+        differences = Counter(int(a) - int(b) for a, b in pairs if a != b)
+        if differences:
+            difference, n = differences.most_common(1)[0]
             size = f"{abs(difference)} too {'large' if difference > 0 else 'small'}"
             return Effect(loss, accuracy, f"{n / len(pairs):.1%} come out {size}")
     return Effect(loss, accuracy, f"{1 - accuracy:.1%} come out wrong" if accuracy < 1 else "all are right")
@@ -357,12 +364,13 @@ def read_text_head(card, data, idx, groups, found):
 
 
 def token_groups(data, idx):
-    """[(words, tokens, their fraction of idx)] of all classes and single tokens of idx, (N, T)."""
+    """[(words, tokens, their fraction of idx)] of all classes of tokens of idx, (N, T), and of single tokens
+    that are no class by themselves."""
     everywhere = np.bincount(idx.ravel(), minlength=data.meta["vocab_size"]) / idx.size
     decode = tokenizer_of(data.meta).decode
     texts = {t: decode([t]) for t in np.flatnonzero(everywhere).tolist()}
     groups = {name: [t for t in texts if holds(texts[t])] for name, holds in CLASSES.items()}
-    groups |= {repr(text): [t] for t, text in texts.items()}
+    groups |= {repr(text): [t] for t, text in texts.items() if [t] not in groups.values()}
     return [(words, group, everywhere[group].sum()) for words, group in groups.items() if group]
 
 
@@ -371,9 +379,7 @@ def overrepresented(groups, tokens):
     the text: [(words, fraction of tokens, fraction of the text)], most frequent first, at most five."""
     here = np.bincount(tokens, minlength=1 + max(max(group) for _, group, _ in groups)) / len(tokens)
     sums = [(words, here[group].sum(), usual) for words, group, usual in groups]
-    # of a class and its only token, the class
-    found = {s[1:]: s for s in reversed(sums) if s[1] >= 0.1 and s[1] >= 3 * s[2]}
-    return sorted(found.values(), key=lambda s: -s[1])[:5]
+    return sorted((s for s in sums if s[1] >= 0.1 and s[1] >= 3 * s[2]), key=lambda s: -s[1])[:5]
 
 
 def context(data, row, query, key, length=16):

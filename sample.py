@@ -50,6 +50,8 @@ class SampleConfig:
     def check(self):
         if (self.eval_only and self.plot) or ((self.eval_only or self.heads) and self.edges):
             raise UserError("--plot and --edges draw a --prompt: leave --eval_only and --heads out")
+        if self.heads and self.compare and self.plot:
+            raise UserError("--plot of --heads draws one model: leave --compare out")
 
 
 def validation_data(config, source, model):

@@ -90,7 +90,7 @@ class TrainConfig:
     seed: int = option(1337, "of everything random", at_least=0, below=2**62)
 
     def check(self):
-        GPTConfig(n_head=self.n_head, n_embd=self.n_embd)
+        GPTConfig(n_head=self.n_head, n_embd=self.n_embd)  # raises if the heads do not divide the width
         for name in ("learning_rate", "sparsify_learning_rate"):
             if self.min_lr > getattr(self, name):
                 raise UserError(f"--min_lr {self.min_lr} is above --{name} {getattr(self, name)}: lower it")
@@ -197,7 +197,8 @@ def make_optimizer(model, config, weight_decay):
     """AdamW in three groups: matrices (decayed), vectors, and the gates' biases with their own rate."""
     matrices, vectors, gates = [], [], []
     for name, p in model.named_parameters():
-        (gates if name.endswith("gate_bias") else matrices if p.dim() >= 2 else vectors).append(p)
+        group = gates if name.endswith("gate_bias") else matrices if p.dim() >= 2 else vectors
+        group.append(p)
     groups = [
         {"params": matrices, "weight_decay": weight_decay, "lr_ratio": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_ratio": 1.0},

@@ -78,7 +78,8 @@ class Dataset:
         pieces, length = self.pieces[split]
         n = length // self.example_length if self.is_task else length - self.block_size  # starts in a piece
         drawn = torch.randint(len(pieces) * n, (batch_size,), generator=generator)
-        return pieces[drawn // n] + drawn % n * (self.example_length or 1)
+        piece, within = drawn // n, drawn % n
+        return pieces[piece] + within * (self.example_length or 1)
 
     def sequential(self, split, batch_size, n_batches=None):
         """The split from its beginning in sequences that do not overlap, up to n_batches; a rest shorter than
@@ -92,7 +93,8 @@ class Dataset:
         n = (length - self.sequence_tokens - 1) // self.stride + 1  # in a piece
         n_taken = min(len(pieces) * n, max(1, min(most, EVALUATED) // self.stride))
         taken = torch.arange(n_taken) * (len(pieces) * n) // n_taken
-        return pieces[taken // n] + taken % n * self.stride
+        piece, within = taken // n, taken % n
+        return pieces[piece] + within * self.stride
 
     def part(self, split):
         """What `sequential` takes of a split, in words; "" if it is all."""

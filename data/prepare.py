@@ -174,15 +174,18 @@ def file_documents(files, left_out):
                         text = json.loads(line.decode("utf-8"))["text"] if line.strip() else ""
                         if text.strip():
                             yield text
+                        else:
+                            left_out["empty"] += 1
                     except (ValueError, LookupError, TypeError, AttributeError):
                         left_out['without a "text"'] += 1
 
 
 def files_of(path):
-    """The file itself, or all files below a folder, by name, hidden ones left out."""
-    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    """The file itself, or all files below a folder, by name; hidden and empty ones are left out."""
+    if path.is_file():
+        return [path]
     hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)
-    files = [file for file in found if file.is_file() and not hidden(file)]
+    files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.stat().st_size and not hidden(f)]
     if not files:
         raise UserError(f"there is no file or folder with files {path}: check the path")
     return files
@@ -200,7 +203,7 @@ def prepare_openwebtext(subsets, source, folder, val_fraction):
         raise UserError(f"there is no folder {source} with archives *.tar: check the path")
     done = [parts / f"{archive.stem}-{val_fraction}" for archive in archives]
     for number, (archive, part) in enumerate(zip(archives, done), start=1):
-        print(f"{archive.name}, {number} of {len(done)}" + ", is done" * part.is_dir(), flush=True)
+        print(f"{archive.name}, {number} of {len(done)}{', is done' if part.is_dir() else ''}", flush=True)
         if part.is_dir():
             continue
         if not source:
@@ -252,15 +255,16 @@ def recall_examples():
 
 
 def read_examples(path):
-    """(prompt, answer) of every line of a file. Raises UserError with the number of the first bad line."""
+    """(prompt, answer) of every line of a file, once each: repeated, it could lie on both sides of the split.
+    Raises UserError with the number of the first bad line."""
     pairs = []
-    for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n"), start=1):
         pairs.append(line.split("\t"))
         lengths, lengths_of_first = ([len(text) for text in pair] for pair in (pairs[-1], pairs[0]))
         if len(lengths) != 2 or 0 in lengths or lengths != lengths_of_first:
             wanted = "write a prompt, one tab, and an answer, both as long as those of line 1"
             raise UserError(f"{path} line {number} is {line[:40]!r}: {wanted}")
-    return pairs
+    return list(dict.fromkeys(map(tuple, pairs)))
 
 
 COMMANDS = {
@@ -293,7 +297,7 @@ def main(argv):
         meta = prepare_text(options.paths, folder, options.tokenizer, options.val_fraction)
     elif command == "openwebtext":
         meta = prepare_openwebtext(options.subsets, options.folder, folder, options.val_fraction)
-    else:
+    else:  # shakespeare
         text = Path(options.file or folder.with_name("tinyshakespeare.txt"))
         if not options.file and not text.is_file():
             download(SHAKESPEARE, text)

@@ -43,15 +43,19 @@ class Task(NamedTuple):
     positions: torch.Tensor  # (N, K): the answer is the token that follows the one at this position
     answers: torch.Tensor  # (N, K)
     wrong: torch.Tensor  # (N, K): the answer that the corrupted prompt suggests, or a natural mistake
-    aligned: bool = True  # whether all prompts have one length, and so a position one meaning
+
+    @property
+    def aligned(self):
+        """Whether all prompts have one length, and so a position one meaning."""
+        return bool((self.positions == self.positions[0]).all())
 
     def to(self, device):
-        return Task(*(field.to(device) for field in self[:5]), self.aligned)
+        return Task(*(field.to(device) for field in self))
 
     def halves(self):
         """Every other example, and those between, two Tasks; a single example is both."""
         parts = slice(0, None, 2), slice(1, None, 2) if len(self.clean) > 1 else slice(None)
-        return [Task(*(field[part] for field in self[:5]), self.aligned) for part in parts]
+        return [Task(*(field[part] for field in self)) for part in parts]
 
 
 def check_name(name, data_dir):
@@ -156,9 +160,13 @@ def changed_token(data, rng, changed, answer):
     alike = defaultdict(list)
     for row in rows:
         alike[tuple(row[:at] + row[at + 1 : end])].append(row)
-    pairs = [[(a, b) for b in group if a[end] != b[end]] for group in alike.values() for a in group]
-    drawn = [others[rng.integers(len(others))] for others in pairs if others]
-    return [(a[:end], b[:end], a[end], b[end]) for a, b in drawn]
+    examples = []
+    for group in alike.values():
+        for a in group:
+            if others := [b for b in group if a[end] != b[end]]:
+                b = others[rng.integers(len(others))]
+                examples.append((a[:end], b[:end], a[end], b[end]))
+    return examples
 
 
 def changed_character(data, rng, pattern, other):
@@ -209,7 +217,8 @@ def greater_than(tokenizer, rng):
     century = rng.integers(11, 20)
     has_two_tokens = lambda year: len(tokenizer.encode(f" {century}{year:02d}")) == 2  # century and rest
     years = [year for year in range(2, 100) if has_two_tokens(year)]
-    early, wrong, start, answer = sorted(rng.choice(years, 4, replace=False)) if len(years) >= 4 else [0] * 4
+    drawn = sorted(rng.choice(years, 4, replace=False)) if len(years) >= 4 else [0] * 4  # 0: drawn again
+    early, wrong, start, answer = drawn
     frame = f"The {rng.choice(EVENTS)} lasted from the year {century}{{:02d}} to the year {century}"
     return frame.format(start), frame.format(early), f"{answer:02d}", f"{wrong:02d}"
 
@@ -237,13 +246,13 @@ def stacked(examples):
     clean, corrupted = (torch.tensor([e[i] + [0] * (T - len(e[i])) for e in examples]) for i in (0, 1))
     positions = torch.tensor([[len(e[0]) - 1] for e in examples])
     answers, wrong = (torch.tensor([[e[i]] for e in examples]) for i in (2, 3))
-    return Task(clean, corrupted, positions, answers, wrong, aligned=len(positions.unique()) == 1)
+    return Task(clean, corrupted, positions, answers, wrong)
 
 
 def induction(vocab_size, block_size, n, seed):
     """Different random tokens, then a piece of them again; the answer is what followed the piece. The
-    corrupted prompt has other tokens of which none comes again; the wrong answer is another token of the
-    clean prompt. Raises UserError where the vocabulary or the context is too small."""
+    corrupted prompt has random tokens of its own, none of which comes again; the wrong answer is another
+    token of the clean prompt. Raises UserError where the vocabulary or the context is too small."""
     T = min(16, block_size)
     if T < 6 or vocab_size < T + 1:
         known = f"{block_size} and {vocab_size} are there"

@@ -31,7 +31,7 @@ from support import command_line, pictures, ranks
 from support.command_line import arguments, option
 from support.files import make_folder, read_json, write_json
 from support.held_out import HeldOut
-from support.report import evaluate, read_summary, result_line
+from support.report import evaluate, read_summaries, result_line
 from support.runs import Run, code_of
 
 BASELINES = ("top", "learned", "fixed", "hand")  # in this order: fixed takes the edges of learned
@@ -83,13 +83,13 @@ class Top:
     """Edges whose weight is above their query's mean weight by more than a threshold, one for all layers and
     heads. (Without the mean the first queries, which have few keys, would take all.) The threshold moves
     until the wanted fraction is open, which falls from 1 to `fraction`, geometrically, over the first 70 % of
-    the steps."""
+    n_passes forward passes."""
 
     LOWEST = math.log(1e-3)  # of the threshold's logarithm, where it starts
 
-    def __init__(self, fraction, n_layer, steps):
-        self.fraction, self.n_layer, self.steps = fraction, n_layer, steps
-        self.log_threshold, self.step, self.seen = self.LOWEST, 0, []
+    def __init__(self, fraction, n_layer, n_passes):
+        self.fraction, self.n_layer, self.n_passes = fraction, n_layer, n_passes
+        self.log_threshold, self.n_done, self.seen = self.LOWEST, 0, []
 
     def __call__(self, q, k, v, bias, gate, training):
         pattern = causal_scores(q, k).softmax(dim=-1)
@@ -99,8 +99,8 @@ class Top:
         if training:
             self.seen.append(stats.hard_edges.mean().item())
             if len(self.seen) == self.n_layer:
-                self.step += 1
-                wanted = self.fraction ** min(1.0, self.step / (0.7 * self.steps))
+                self.n_done += 1
+                wanted = self.fraction ** min(1.0, self.n_done / (0.7 * self.n_passes))
                 excess = sum(self.seen) / self.n_layer / wanted - 1
                 moved = self.log_threshold + 0.05 * min(max(excess, -1), 1)
                 self.log_threshold, self.seen = max(moved, self.LOWEST), []
@@ -159,14 +159,13 @@ def gated_copy(dense, attends):
 def train_baselines(folder, summary):
     """Train the baselines that a folder lacks. Returns {name: what evaluate found}."""
     known = train.TrainConfig.__dataclass_fields__.keys() & summary["config"].keys()
-    config = train.TrainConfig(**{name: summary["config"][name] for name in known} | {"resume": False})
+    config = train.TrainConfig(**{name: summary["config"][name] for name in known})
     data = Dataset(config.dataset, config.block_size, config.data_dir, ranks.find_device(config.device))
     out = make_folder(folder / "baselines")
     dense = GPT.from_pretrained(folder / "dense.pt").to(data.device)
     fraction = summary["edges_hard"]
     T, n_layer = data.sequence_tokens, dense.config.n_layer
     learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
-    run = Run(replace(config, out_dir=str(out)), data, data.device, out, None, [])
     of_what = {"edges": fraction, "dense_loss": summary["dense_loss"]}
     of_what["code"] = code_of("experiments/baselines.py")
     results = {}
@@ -178,8 +177,10 @@ def train_baselines(folder, summary):
             results[name] = read_json(path)
             continue
         print(f"{folder}: {name}, {fraction:.2%} of the edges")
+        run = Run(config, data, data.device, make_folder(out / name), None, [])
         if name == "top":
-            attends = [Top(fraction, n_layer, config.sparsify_steps)] * n_layer
+            n_passes = config.sparsify_steps * config.gradient_accumulation_steps
+            attends = [Top(fraction, n_layer, n_passes)] * n_layer
         elif name == "learned":
             attends = [partial(learned_attention, partial(learned, layer)) for layer in range(n_layer)]
         elif name == "fixed":
@@ -195,6 +196,7 @@ def train_baselines(folder, summary):
             torch.save(learned.state_dict(), out / "learned_gates.pt")
         else:
             train.fit(run, name, model)
+        (run.folder / f"{name}.pt").unlink()  # it lacks the attention
         results[name] = {**of_what, **evaluate(model, data, config.batch_size)}
         write_json(results[name], path)
     return results
@@ -202,8 +204,8 @@ def train_baselines(folder, summary):
 
 def main(argv):
     options = command_line.parse(BaselineConfig(), argv, __doc__)
-    summaries, panels = {Path(folder): read_summary(folder) for folder in options.folders}, {}
-    for folder, summary in summaries.items():
+    panels = {}
+    for folder, summary in read_summaries(options.folders).items():
         found = train_baselines(folder, summary)
         sparse = {"loss": summary["sparse_loss"], **summary, "accuracy": summary.get("sparse_accuracy")}
         found = {"sparse": {key: value for key, value in sparse.items() if value is not None}, **found}

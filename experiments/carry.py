@@ -1,6 +1,6 @@
 """
-Which edge above layer 0 tells the carry? Over models of two-digit addition: the edge that is open most often
-where the last digits make a carry, and most seldom where they do not.
+Which position reads which for the carry? Over models of two-digit addition: the (layer, query, key), of any
+head above layer 0, that is open most often where the last digits make a carry, and most seldom where not.
 
     python experiments/carry.py out/seeds/*/sparse.pt
 """
@@ -17,7 +17,7 @@ from data.dataset import Dataset
 from model import GPT
 from support import command_line
 from support.checkpoints import open_pretrained
-from support.command_line import arguments, option
+from support.command_line import UserError, arguments, option
 
 
 @dataclass
@@ -46,6 +46,8 @@ def main(argv):
     for path in config.models:
         source = open_pretrained(path)
         data.check_tokenizer(source.tokenizer, path)
+        if source.model_config["n_layer"] < 2:
+            raise UserError(f"{path} has no layer above layer 0: give a model of two layers or more")
         layer, query, key, often, seldom = carry_edge(GPT.from_pretrained(source), idx, carry)
         found += often > 0.9 and seldom < 0.1
         print(f"{path}: layer {layer}, {query} reads {key}: {often:.1%} with a carry, {seldom:.1%} without")

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that
 import torch
 
 import circuits
-from circuits import CircuitConfig, Problem, circuit_output, kl_divergence, logit_difference, read_out
+from circuits import CircuitConfig, Problem, circuit_output, kl_divergence, logit_difference, logits_at
 from gates import causal_scores
 from model import evaluating
 from support import command_line, pictures
 from support.command_line import UserError
 from support.files import write_json
-from support.graph import reading
+from support.graph import node_of, reading
 from support.report import side_by_side
 from support.runs import code_of
 
@@ -51,7 +51,7 @@ def attribution(problem, answers, wrong):
         with torch.enable_grad():
             z.requires_grad_()
             x = circuit_output(problem.model, clean, z.expand(len(clean), -1, -1, -1), ablated)
-            difference = logit_difference(read_out(problem.model, x, positions), answer, other)
+            difference = logit_difference(logits_at(problem.model, x, positions), answer, other)
             total = total + torch.autograd.grad(difference.sum(), z)[0]
     return total.abs()
 
@@ -68,7 +68,7 @@ def faithfulness_of(problem, task):
 
 def components(problem, mask):
     """({(writer, reader)} of a circuit from component to component, its heads)."""
-    edges = {(w, r.rstrip("qkv").rstrip(".")) for w, r, _ in problem.graph.named(mask)}
+    edges = {(w, node_of(r)[0]) for w, r, _ in problem.graph.named(mask)}
     return edges, {node for edge in edges for node in edge if ".h" in node}
 
 
@@ -98,7 +98,7 @@ def attention_edges(circuit, task, bound):
         clean = task.clean[part]
         z = mask.expand(len(clean), -1, -1, -1)
         x = circuit_output(model, clean, z, problem.ablated[part], attend=attend)
-        return read_out(model, x, problem.positions[part]), torch.stack(seen)
+        return logits_at(model, x, problem.positions[part]), torch.stack(seen)
 
     is_open, whole, rankings = [], [], {"effect": [], "weight": []}
     for part in parts:

@@ -9,6 +9,7 @@ The figures of a folder are those of circuit_curve.py without the sweep and the 
 there, made after these models, with the same settings and the same code, they are read.
 """
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -21,7 +22,7 @@ from experiments import circuit_curve
 from support import command_line, pictures
 from support.command_line import arguments, option
 from support.files import read_json
-from support.report import read_summary, side_by_side
+from support.report import read_summaries, side_by_side
 
 BOTH = ("edge pruning", "attribution")
 MEASURES = {  # as in circuit_curve: what is counted, and the rankings, of which the better counts
@@ -67,15 +68,14 @@ def column_of(folder, summary, config):
     for measure, (figure, ways) in MEASURES.items():
         dense, sparse = (min(found[name][way][figure] for way in ways) for name in ("dense", "sparse"))
         column |= {f"{measure}, dense": dense, f"{measure}, sparse": sparse}
-        column[f"{measure}, ratio"] = dense / max(1, sparse)
+        column[f"{measure}, ratio"] = dense / sparse if sparse else math.nan
     return column, len(heads)
 
 
 def main(argv):
     config = command_line.parse(GrowthConfig(), argv, __doc__)
-    summaries = {Path(folder): read_summary(folder) for folder in config.folders}
     columns, ratios = {}, {measure: [] for measure in MEASURES}
-    for folder, summary in summaries.items():
+    for folder, summary in read_summaries(config.folders).items():
         column, n_heads = column_of(folder, summary, config)
         columns[folder.name] = column
         for measure in MEASURES:

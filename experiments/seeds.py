@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # a script that sees the project
 from support import command_line
 from support.command_line import UserError, arguments, option
 from support.files import read_json
+from support.report import side_by_side
 
 COLUMNS = {  # of the table, from summary.json
     "dense": ("dense_loss", "{:.4f}"),
@@ -69,15 +70,13 @@ def table(summaries):
     within their bound."""
     runs = [summary | {"seconds": sum(summary["seconds"].values())} for summary in summaries]
     columns = {name: column for name, column in COLUMNS.items() if column[0] in runs[0]}
-    rows = {f"seed {run['config']['seed']}": [run[key] for key, _ in columns.values()] for run in runs}
+    of = lambda pick: {name: form.format(pick(key)) for name, (key, form) in columns.items()}
+    rows = [(f"seed {run['config']['seed']}", of(run.get)) for run in runs]
     for name, pick in (("median", statistics.median), ("lowest", min), ("highest", max)):
-        rows[name] = [pick(run[key] for run in runs) for key, _ in columns.values()]
-    lines = [f"{'':10}" + "".join(f"{name:>12}" for name in columns)]
-    for name, row in rows.items():
-        cells = [form.format(value) for (_, form), value in zip(columns.values(), row)]
-        lines.append(f"{name:10}" + "".join(f"{cell:>12}" for cell in cells))
+        rows.append((name, of(lambda key: pick(run[key] for run in runs))))
     n = sum(summary["within_bound"] for summary in summaries)
-    return "\n".join([*lines, f"{n} of {len(summaries)} are within their bound"])
+    lines = side_by_side(dict.fromkeys(columns, {}), {}, 10, rows)
+    return "\n".join([*lines[1:], f"{n} of {len(summaries)} are within their bound"])
 
 
 def main(argv):

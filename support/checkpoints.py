@@ -62,11 +62,11 @@ def open_pretrained(source):
     settings = gpt2_weights.read_settings(folder)
     if "d_vocab" in settings:
         config, tensors = lens_weights.read_folder(folder, settings)
-        parts = (partial(lens_weights.parts, n_head=config["n_head"]),)
-    else:
-        config, parts = gpt2_weights.read_config(folder, settings), ()
-        tensors = partial(gpt2_weights.read_tensors, folder, config["read_out"] == "tied")
-    return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors, *parts)
+        parts = partial(lens_weights.parts, n_head=config["n_head"])
+        return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors, parts)
+    config = gpt2_weights.read_config(folder, settings)
+    tensors = partial(gpt2_weights.read_tensors, folder, config["read_out"] == "tied")
+    return Pretrained(str(source), config, tokens_of(folder, config), {}, tensors)
 
 
 def check_comparable(a, b, keys=("n_layer", "n_head")):

@@ -13,9 +13,10 @@ from support.command_line import UserError
 
 
 def read_text(path):
-    """The text of a file, line ends as they are. Raises UserError if it is empty or not UTF-8."""
+    """The text of a file, line ends as they are, a byte order mark left out. Raises UserError if it is empty
+    or not UTF-8."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): give a file of UTF-8 text")
     if not text:

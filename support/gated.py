@@ -29,15 +29,20 @@ def choose_attention(model, name):
     """Compute gated attention by "reference" (gates.py), "fused" (fused_attention.py), or "auto": fused
     where that works. Returns the choice, in words. Raises UserError where fused is asked for and does not
     work."""
-    problem = "" if name == "reference" else problem_with_fused(model)
-    if name == "fused" and problem:
-        raise UserError(f"--attention is fused, which {problem}: choose auto or reference")
-    fused = name != "reference" and not problem
-    if fused:
-        import fused_attention
+    attend, words = gates.gated_attention, "reference"
+    if name != "reference":
+        problem = problem_with_fused(model)
+        if name == "fused" and problem:
+            raise UserError(f"--attention is fused, which {problem}: choose auto or reference")
+        if problem:
+            words = f"reference (fused {problem})"
+        else:
+            import fused_attention
+
+            attend, words = fused_attention.gated_attention, "fused"
     for block in model.h:
-        block.attn.attend = fused_attention.gated_attention if fused else gates.gated_attention
-    return "fused" if fused else f"reference (fused {problem})" if problem else "reference"
+        block.attn.attend = attend
+    return words
 
 
 def problem_with_fused(model):

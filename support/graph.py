@@ -51,21 +51,32 @@ class Graph:
         IndexError for an edge that the graph does not have."""
         mask = torch.zeros(*self.edges.shape, n_positions, dtype=torch.bool)
         for writer, reader, *position in edges:
-            mask[self.readers.index(reader), self.writers.index(writer), position or 0] = True
+            r, w, p = self.readers.index(reader), self.writers.index(writer), position[0] if position else 0
+            mask[r, w, p] = True
         if (mask & ~self.edges[:, :, None]).any():
             raise ValueError("an edge runs backwards")
         return mask
+
+
+def graph_of(model):
+    return Graph(model.config.n_layer, model.config.n_head)
+
+
+def node_of(reader):
+    """(A reader's node, which of its inputs): a1.h2.q -> a1.h2 and q, m3 -> m3 and "", logits likewise."""
+    return (reader[:-2], reader[-1]) if "." in reader else (reader, "")
 
 
 def reading(circuit, idx):
     """Which token reads which in a circuits.Circuit, on prompts idx (B, T): the attention (pattern times
     gate), and whether its edges are open, both (L, B, H, T, T); zero and False where the head is not in the
     circuit (by position: its output at the query, or its key and value at the key)."""
-    H, record = circuit.model.config.n_head, circuit.model.attention(idx)
+    graph, record = graph_of(circuit.model), circuit.model.attention(idx)
     mask, edges = circuit.mask(idx.size(1)).to(idx.device), record.edges.clone()
-    for layer, (r, w) in enumerate(Graph(circuit.model.config.n_layer, H).layers):
-        written = mask[:, w : w + H].any(dim=0)  # (H, P): something reads the head there
-        read = mask[r + H : r + 3 * H].any(dim=1).view(2, H, -1).any(dim=0)  # (H, P): it reads there
+    for layer, (r, w) in enumerate(graph.layers):
+        written = mask[:, w : w + graph.n_head].any(dim=0)  # (H, P): something reads the head there
+        keys_values = mask[r + graph.n_head : r + 3 * graph.n_head].any(dim=1)  # (2 H, P)
+        read = keys_values.view(2, graph.n_head, -1).any(dim=0)  # (H, P): it reads there
         read = read if circuit.by_position else written
         edges[layer] &= written[:, :, None] & read[:, None]
     return record.pattern * record.gate * edges, edges

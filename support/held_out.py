@@ -9,7 +9,7 @@ from support import ranks
 
 class HeldOut:
     """The loss that the bound is on: with deterministic gates, on pieces of the training text that are not
-    trained on; of a toy task, on its training examples.
+    trained on; of a toy task, and of a very short text, on what is trained on.
 
     Sequences differ in difficulty, so the mean of one batch is noisy; the difference to the dense model on
     the same sequences is not. So the dense model is measured once on all of them, and the estimate is

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
 from support.command_line import UserError
+from support.graph import node_of
 
 BLUE, RED, GREEN, PINK, LIGHT_BLUE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"
 HEADS = [BLUE, RED, GREEN, PINK, "#E69F00", LIGHT_BLUE, BLACK, "#999933"]
@@ -29,9 +30,10 @@ WEIGHT = LinearSegmentedColormap.from_list("weight", plt.get_cmap("Blues")(np.li
 def save(figure, path):
     """Write the figure to path, in the format of its ending, and close it. Returns path; raises UserError."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160, format=Path(path).suffix[1:])
-    except (OSError, ValueError) as error:  # no such folder; an ending that matplotlib does not know
-        wanted = "give a name in an existing folder that ends in .png, .svg or .pdf"
+    except (OSError, ValueError) as error:  # a full disk; an ending that matplotlib does not know
+        wanted = "give a name that ends in .png, .svg or .pdf, in another folder"
         raise UserError(f"cannot write the picture {path} ({error}): {wanted}")
     finally:
         plt.close(figure)
@@ -48,10 +50,10 @@ def colour(head):
     return HEADS[head % len(HEADS)]
 
 
-def legend(figure, colours, place, fontsize=8):
+def legend(figure, colours, place):
     """colours: {name: colour}."""
     lines = [Line2D([], [], color=shade, lw=2) for shade in colours.values()]
-    figure.legend(lines, colours, loc=f"outside {place}", ncols=8, frameon=False, fontsize=fontsize)
+    figure.legend(lines, colours, loc=f"outside {place}", ncols=8, frameon=False, fontsize=8)
 
 
 def records_of(models, tokenizer, idx):
@@ -244,7 +246,7 @@ def circuits_figure(circuits, n_layer, n_head):
     for axis, (name, edges) in zip(axes, circuits.items()):
         used = {"embed", "logits"}
         for writer, reader in sorted(edges):
-            node, part = (reader[:-2], reader[-1]) if "." in reader else (reader, "")
+            node, part = node_of(reader)
             _, shade, bend = READERS[part]
             used |= {writer, node}
             axis.add_patch(FancyArrowPatch(
@@ -259,7 +261,7 @@ def circuits_figure(circuits, n_layer, n_head):
         axis.set_xlim(-0.7, n_head + 1.1)
         axis.set_xticks(range(n_head), [f"head {head}" for head in range(n_head)], fontsize=8)
     colours = {f"read by {kind}": shade for kind, shade, _ in READERS.values()}
-    legend(figure, colours, "lower center", fontsize=9)
+    legend(figure, colours, "lower center")
     return figure
 
 
@@ -277,7 +279,7 @@ def positions_figure(labels, circuits, n_layer):
         shift = [(head - (n_head - 1) / 2) * 0.6 / n_head for head in range(n_head)]  # side by side
         places = node_places(n_layer, shift, mlp=0, ends=0)
         for writer, reader, position in edges:
-            node, part = (reader[:-2], reader[-1]) if "." in reader else (reader, "")
+            node, part = node_of(reader)
             (x0, y0), (x1, y1) = places[writer], places[node]
             x0, x1, y1 = position + x0, position + x1, y1 - gap * bool(part)
             axis.plot([x0, x1], [y0, y1], color="#999999", lw=0.6, zorder=1)

@@ -22,7 +22,8 @@ def find_device(name):
     if name.startswith("cuda:") and world_size() > 1:
         raise UserError(f"--device is {name}, but each of {world_size()} ranks takes its own GPU: give cuda")
     n_cuda = torch.cuda.device_count()
-    known = ["cpu", *["mps"] * torch.backends.mps.is_available(), *(f"cuda:{n}" for n in range(n_cuda))]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    known = ["cpu", *mps, *(f"cuda:{n}" for n in range(n_cuda))]
     if name == "cuda" or (name == "auto" and n_cuda):
         found = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     else:

@@ -117,6 +117,14 @@ def read_summary(folder):
         raise UserError(f"{path} is damaged: delete it, or give another folder")
 
 
+def read_summaries(folders):
+    """{Path: contents of summary.json} of runs. Raises UserError also where two folders have one name."""
+    summaries = {Path(folder): read_summary(folder) for folder in folders}
+    if len({folder.name for folder in summaries}) < len(folders):
+        raise UserError(f"two of {', '.join(folders)} have one name: rename a folder")
+    return summaries
+
+
 def missed_bound(summary):
     """A sentence with the remedy, in a list, if a bound of summary.json was missed; else []."""
     over = summary["sparse_loss"] - summary["bound"]

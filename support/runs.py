@@ -172,7 +172,7 @@ class Run:
             wrong = f"{self.folder / 'last.pt'} does not fit this code ({str(error).splitlines()[0]})"
             raise UserError(f"{wrong}: start over in another --out_dir, or after `make clean`")
         torch.set_rng_state(saved["noise"][ranks.rank()])
-        if self.device.startswith("cuda"):
+        if self.device.startswith("cuda") and saved["noise_cuda"]:  # none where it began on a CPU
             torch.cuda.set_rng_state(saved["noise_cuda"][ranks.rank()])
 
     def draw(self, dense, sparse):

@@ -16,8 +16,6 @@ from circuits import (
     all_writers,
     circuit_output,
     find_circuit,
-    graph_of,
-    read_out,
     scores,
     search,
 )
@@ -29,7 +27,7 @@ from model import GPT, evaluating
 from support.checkpoints import save_model
 from support.circuit_report import overlap
 from support.command_line import UserError
-from support.graph import Graph
+from support.graph import Graph, graph_of
 from tests.planted import PLANTED, T, previous_token, random_prompts
 from tests.test_model import tiny
 
@@ -304,7 +302,7 @@ def test_attention_gates_are_not_sampled_and_weights_stay_as_they_were():
     clean, corrupted, positions = examples(20)
     z = mask_of(model).float().expand(20, -1, -1, -1)
     x = circuit_output(model, clean, z, ablated_writers(model, corrupted, "zero"))
-    assert_close(read_out(model, x), model.eval()(clean, clean)[0])
+    assert_close(model.read_out(x), model.eval()(clean, clean)[0])
     model.train()
     find_circuit(model, clean, corrupted, positions, bound=0.2, steps=5)
     assert model.training and all(torch.equal(before[name], p) for name, p in model.state_dict().items())

@@ -91,14 +91,15 @@ def test_only_the_answer_is_to_be_predicted(data_dir):
 
 
 def test_examples_of_ones_own(tmp_path, program):
-    rows = (f"{a}{b}>\t{max(a, b)}{min(a, b)}\n" for a in range(10) for b in range(10))
-    (tmp_path / "rows").write_text("".join(rows))
+    rows = [f"{a}{b}>\t{max(a, b)}{min(a, b)}\r\n" for a in range(10) for b in range(10)]
+    (tmp_path / "rows").write_bytes("".join(rows + rows).encode("utf-8-sig"))  # twice, and as Windows writes it
     code, _, _ = program(prepare.main, "examples", tmp_path / "rows", "--name=sort", f"--data_dir={tmp_path}")
     data = Dataset("sort", 4, tmp_path)
     assert code == 0 and data.meta["example_length"] == 5 and data.meta["answer_start"] == 3
     assert (len(data.tokens["train"]), len(data.tokens["val"])) == (450, 50)
     train, val = ({tuple(row) for row in data.tokens[s].reshape(-1, 5)} for s in ("train", "val"))
     assert len(train | val) == 100 and not train & val
+    assert data.meta["characters"] == "0123456789>"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -162,12 +163,12 @@ def lines(texts):
 def test_few_documents_are_split_at_the_end_and_lines_without_a_text_are_counted(tmp_path, letters, capsys):
     bad = '\n{\n[1]\n{"text": 3}\n{"body": "x"}\n{"text": " "}'
     good = lines(["second", "half a pair \ud800"])
-    texts = {"a.txt": "first " * 9, "b.jsonl": good + bad, "c.txt": "last " * 5}
+    texts = {"a.txt": "first " * 9, "b.jsonl": good + bad, "c.txt": "last " * 5, "empty.txt": ""}
     meta = prepare.prepare_text([folder_of(tmp_path / "in", texts)], tmp_path / "out", "gpt2", 0.25)
     tokens = tokens_of(tmp_path / "out", "train", "val")
     parts = bytes(np.where(tokens == Letters.end_of_text, 0, tokens).astype(np.uint8)).decode().split("\0")
     assert sorted(parts) == sorted(["", "first " * 9, "second", "half a pair ?", "last " * 5])
-    assert capsys.readouterr().out == '4 documents (left out: 4 without a "text")\n'
+    assert capsys.readouterr().out == '4 documents (left out: 2 empty, 4 without a "text")\n'
     assert meta["val_tokens"] == len(tokens) - int(0.75 * len(tokens))
 
 

@@ -81,6 +81,8 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
     os.utime(tmp_path / "n3" / "sparse.pt", (2**31, 2**31))
     code, out, err = program(growth.main, *argv)
     assert code == 2 and "no task 'sums'" in err, "nor those of other models"
+    code, _, err = program(growth.main, f"{tmp_path}/n2", f"{tmp_path}/n2/../n2")
+    assert code == 2 and "have one name: rename a folder" in err
     code, out, err = program(growth.main, str(tmp_path))
     assert code == 2 and "holds no finished run" in err
 
@@ -180,6 +182,7 @@ def test_every_baseline_trains_on_the_same_number_of_edges(program, trained):
     n_edges = 0.2 * 2 * 2 * 15  # of 15 pairs in each of 4 heads
     assert found["fixed"]["edges_hard"] * 60 == pytest.approx(n_edges)
     assert 0 < found["top"]["edges_hard"] < 1
+    assert not list((trained / "baselines" / "top").glob("t*.pt")), "it would not attend as it was trained"
     assert [line.split()[0] for line in out.splitlines()[-6:-2]] == ["sparse", *names]
     code, out, err = program(baselines.main, trained / "nothing")
     assert code == 2 and "holds no finished run: give one that train.py wrote" in err

@@ -132,6 +132,9 @@ def test_generation_with_the_cache_equals_generation_without(gate):
         logits = model(idx[:, -8:])[0][:, -1]
         idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(with_cache, idx)
+    cache = {}
+    pieces = [model(piece, cache=cache)[0] for piece in idx[:, :8].split(3, dim=1)]  # several tokens at once
+    assert torch.allclose(pieces[-1], model(idx[:, :8])[0], atol=1e-5)
 
 
 def test_generation_samples_the_models_distribution():

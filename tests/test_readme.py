@@ -32,7 +32,7 @@ def test_commands_and_code_run_as_written(program, tmp_path, monkeypatch):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(readings, "MOST_PAIRS", 2**14)  # 16 examples: after three steps all edges are open,
-    monkeypatch.setattr(readings, "force", lambda *_: None)  # and forcing each would take a minute
+    monkeypatch.setattr(readings, "effect_of", lambda *_: None)  # and forcing each would take a minute
     done = []
     for command in (line for block in blocks("sh") for line in block.splitlines()):
         if not command.startswith("python ") or re.search(NOT_HERE, command):
