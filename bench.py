@@ -3,7 +3,6 @@ How fast it is, against what you would take instead.
 
     python bench.py attention     gated attention: fused, reference, compiled reference; dense attention
     python bench.py step          whole training steps, dense and gated
-    python bench.py circuits      one step of the search for a circuit
     python bench.py all --heads=12 --head_size=64
     python bench.py --help        every field, its default and its meaning
 
@@ -24,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 import gates
-from circuits import Problem, search
 from constrained import LossBound
 from gates import GATES
 from model import GPT, GPTConfig, evaluating
@@ -38,7 +36,7 @@ from train import RECIPES, TrainConfig, make_optimizer, training_step
 
 @dataclass
 class BenchConfig:
-    what: tuple = arguments("what to measure: attention, step, circuits or all", 1, 1)
+    what: tuple = arguments("what to measure: attention, step or all", 1, 1)
     rounds: int = option(0, "measured rounds; 0: 20 on CUDA, else 5", at_least=0)
     length: int = option(0, "of attention, in tokens; 0: 256 to 8192 on CUDA, else 64 to 256", at_least=0)
     heads: int = option(12, "of attention", at_least=1)
@@ -146,28 +144,7 @@ def trainer(config, s, vocab_size, attend):
     return step
 
 
-def circuits(config):
-    """A step of the search for a circuit, float32 as in circuits.py, batch 32: pairs of the addition
-    recipe's shape, dense and gated; on CUDA also 200 pairs of 16 tokens in GPT-2 small's shape, dense."""
-    torch.set_float32_matmul_precision("highest")
-    s = RECIPES["addition"]
-    cases = [("addition", (s.block_size, 13, s.n_layer, s.n_head, s.n_embd), 64, ("none", config.gate))]
-    if config.cuda:
-        cases.append(("gpt2", (16, 50257, 12, 12, 768), 200, ("none",)))
-    for name, shape, n, gates_of_rows in cases:
-        T, vocab_size = shape[:2]
-        clean, corrupted = torch.randint(vocab_size, (2, n, T), device=config.device)
-        rows = {}
-        for gate in gates_of_rows:
-            model = GPT(GPTConfig(*shape, gate=gate)).to(config.device).eval().requires_grad_(False)
-            with evaluating(model):
-                problem = Problem(model, clean, corrupted, torch.full((n,), T - 1, device=config.device))
-            step = partial(search, problem, bound=0.05, steps=1, seed=0, batch_size=32)
-            rows["dense" if gate == "none" else "gated"] = torch.no_grad()(step)
-        yield f"circuit search: one step, batch 32 of {n} pairs of {T} tokens, {name}, float32", rows, None
-
-
-MEASUREMENTS = {"attention": attention, "step": steps, "circuits": circuits}
+MEASUREMENTS = {"attention": attention, "step": steps}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -36,11 +36,6 @@ def test_steps_are_measured(program, tmp_path, monkeypatch):
         assert all(row["median"] > 0 for row in rows.values()), rows
 
 
-def test_a_step_of_the_circuit_search_is_measured(program, tmp_path):
-    (rows,) = run(program, tmp_path, "circuits")[1].values()
-    assert rows.keys() == {"dense", "gated"}
-
-
 def test_a_candidate_that_fails_is_a_row_and_the_others_are_measured():
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
