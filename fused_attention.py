@@ -150,7 +150,7 @@ def edge_gradients(
 # The passes. A program is one head of one sequence (axis 0) and one block of its queries or keys (axis 1).
 
 @triton.jit
-def bound(n):
+def as_int(n):
     """n, as a loop takes it: the interpreter's own numbers are arrays, which NumPy 2.4 turns into no int."""
     if INTERPRET and isinstance(n, tl.tensor):
         return n.handle.data.item()
@@ -225,7 +225,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     diagonal, end = start // STEP * STEP, tl.minimum(start + BLOCK, T)
     for MASKED in tl.static_range(2):  # blocks of keys before all these queries, then those on the diagonal
-        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), STEP):
+        for first in range(as_int(diagonal if MASKED else 0), as_int(end if MASKED else diagonal), STEP):
             j = first + tl.arange(0, STEP)
             k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
             v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
@@ -272,7 +272,7 @@ def keys_kernel(
     diagonal = tl.cdiv(tl.minimum(start + BLOCK, T), STEP) * STEP  # queries from here on see all these keys
     for MASKED in tl.static_range(2):
         low, high = (start // STEP * STEP, diagonal) if MASKED else (diagonal, T)
-        for first in range(bound(low), bound(high), STEP):
+        for first in range(as_int(low), as_int(high), STEP):
             i = first + tl.arange(0, STEP)
             q_i = load_rows(q + at, i, stride_t, T, D, BLOCK_D)
             dy_i = load_rows(dy + y_at, i, H * D, T, D, BLOCK_D)
@@ -306,7 +306,7 @@ def queries_kernel(
     dq_i = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     diagonal, end = start // STEP * STEP, tl.minimum(start + BLOCK, T)
     for MASKED in tl.static_range(2):
-        for first in range(bound(diagonal if MASKED else 0), bound(end if MASKED else diagonal), STEP):
+        for first in range(as_int(diagonal if MASKED else 0), as_int(end if MASKED else diagonal), STEP):
             j = first + tl.arange(0, STEP)
             k_j = load_rows(k + at, j, stride_t, T, D, BLOCK_D)
             v_j = load_rows(v + at, j, stride_t, T, D, BLOCK_D)
@@ -343,11 +343,11 @@ def launch(kernel, inputs, others, gate, training):
     B, H, T, D = q.shape
     block, step = BLOCKS[q.element_size()]
     columns = max(16, triton.next_power_of_2(D))  # of a tile that matrix products can take
-    flags = dict(GATE=tuple(gate), TRAINING=training, D=D, BLOCK_D=columns, BLOCK=block, STEP=step)
-    flags |= dict(num_warps=4, num_stages=2)
+    how = dict(GATE=tuple(gate), TRAINING=training, D=D, BLOCK_D=columns, BLOCK=block, STEP=step)
     grid = (B * H, triton.cdiv(T, block))
+    numbers = *q.stride()[:3], H, T, D**-0.5 * LOG2E.value
     with torch.cuda.device_of(q):
-        kernel[grid](*inputs, *others, *q.stride()[:3], H, T, D**-0.5 * LOG2E.value, **flags)
+        kernel[grid](*inputs, *others, *numbers, **how, num_warps=4, num_stages=2)
 
 
 def alike(*tensors):
@@ -429,7 +429,7 @@ def gated_attention(q, k, v, bias, gate, training, seed=None):
 
     q, k, v: (B, H, T, D) with D <= 128, float32, bfloat16 or float16, and as many queries as keys. Sums are
     float32. Returns y: (B, H, T, D) and AttentionStats. Raises UserError for what the kernels do not know."""
-    problem = unknown(q, gate)
+    problem = unsupported(q, gate)
     if problem:
         raise UserError(f"fused attention {problem}: choose --attention=reference")
     if torch.is_autocast_enabled(q.device.type):
@@ -466,7 +466,7 @@ def numbers_of(gate):
     return [gate.beta, gate.gamma, gate.zeta, threshold, (-gate.gamma / gate.zeta) ** gate.beta, 0.0]
 
 
-def unknown(q, gate):
+def unsupported(q, gate):
     """Why the kernels cannot be used, to be continued with what to do; empty if they can."""
     if q.device.type == "cpu" and not INTERPRET:
         return "needs a GPU"

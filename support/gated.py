@@ -55,4 +55,4 @@ def problem_with_fused(model):
     import fused_attention  # here, since it imports Triton, which a CPU does without
 
     gate, q = model.h[0].attn.gate, weight.new_empty(1, 1, 1, config.n_embd // config.n_head)
-    return fused_attention.unknown(q, gate) or fused_attention.disagreement(gate, weight.device)
+    return fused_attention.unsupported(q, gate) or fused_attention.disagreement(gate, weight.device)
