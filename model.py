@@ -186,7 +186,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, return_stats=False, cache=None):
         """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted; cache: a
-        dict that is filled with keys and values, of the tokens before idx from then on.
+        dict, empty at first, that keeps the keys and values of all tokens so far, which come before idx.
 
         With targets: logits (B, T, V) and the mean loss in nats per predicted token. Without: logits (B, 1,
         V) of the last position, and None. With return_stats also AttentionStats stacked to (L, H). train()

@@ -272,7 +272,7 @@ def simplest_rule(symbols, roles, query, is_open, tolerance=0.005):
     order = np.random.default_rng(0).permutation(len(symbols))
     symbols, is_open, n = symbols[order], is_open[order], len(symbols) // 2  # the first n choose
     complexity, words, holds = map(np.array, zip(*rules(symbols, roles, query, is_open[:n])))
-    sign = np.where(is_open[:n], 1, -1)
+    sign = np.where(is_open[:n], 1, -1).astype(np.float32)
     best = np.sort((holds[:, :n] @ sign).argsort()[::-1][:MOST_RULES])  # joined are only these
     complexity, words, holds = complexity[best], words[best], holds[best]
     # "i and j" agrees where the edge is open and both hold, and where it is closed, unless both hold
