@@ -185,8 +185,9 @@ class GPT(nn.Module):
         return F.linear(x, self.wte.weight) if self.lm_head is None else self.lm_head(x)
 
     def forward(self, idx, targets=None, return_stats=False, cache=None):
-        """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted; cache: a
-        dict, empty at first, that keeps the keys and values of all tokens so far, which come before idx.
+        """idx: (B, T) tokens; targets: (B, T) next tokens, -1 where none is to be predicted, or their
+        probabilities, (B, T, V); cache: a dict, empty at first, that keeps the keys and values of all tokens
+        so far, which come before idx.
 
         With targets: logits (B, T, V) and the mean loss in nats per predicted token. Without: logits (B, 1,
         V) of the last position, and None. With return_stats also AttentionStats stacked to (L, H). train()
@@ -204,7 +205,7 @@ class GPT(nn.Module):
         logits = self.read_out(x if targets is not None else x[:, -1:])
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(0, 1), ignore_index=-1)
         if not return_stats:
             return logits, loss
         return logits, loss, AttentionStats(*map(torch.stack, zip(*layer_stats)))  # (L, H) each

@@ -27,7 +27,7 @@ import torch
 from constrained import LossBound
 from data.dataset import Dataset
 from gates import GATES, head_penalty
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, evaluating
 from support import command_line, ranks
 from support.checkpoints import open_pretrained, save_model
 from support.command_line import UserError, option
@@ -56,6 +56,7 @@ class TrainConfig:
     # the gates and the bound
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_bias: float = option(5.0, "where gates' biases start; auto: so that edges are open", word="auto")
+    distill: bool = option(False, "learn the dense model's predictions in the sparse phase, not the text")
     head_price: float = option(0.0, "of a head with open edges, on top of theirs; 0: the paper", at_least=0)
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
     loss_allowance: float = option(0.05, "of the loss on top at first, nats; falls to 0", at_least=0)
@@ -140,18 +141,22 @@ RECIPES = {
 
 
 def training_step(
-    model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext, head_price=0.0
-):
+    model, optimizer, batches, bound, grad_clip, held_out_loss=0.0, autocast=nullcontext, head_price=0.0,
+    teacher=None,
+):  # fmt: skip
     """One step of post-training on all weights and gates; with bound=None, of plain training.
 
     batches: this rank's micro-steps, (x, y) each; bound: LossBound on held_out_loss, nats, of which this rank
-    gives its part (HeldOut.loss). Returns the mean loss over micro-steps and ranks, and the last micro-step's
-    AttentionStats. Raises UserError, on all ranks and before anything is changed, if a loss or the gradient
-    is not finite."""
+    gives its part (HeldOut.loss); teacher: a model whose predictions take the place of y. Returns the mean
+    loss over micro-steps and ranks, and the last micro-step's AttentionStats. Raises UserError, on all ranks
+    and before anything is changed, if a loss or the gradient is not finite."""
     total = 0.0
     for number, (x, y) in enumerate(batches, start=1):
         with ranks.last_only(model, number == len(batches)):
             with autocast():
+                if teacher is not None:
+                    with evaluating(teacher):
+                        y = teacher(x, y)[0].float().softmax(dim=-1)
                 _, loss, stats = model(x, y, return_stats=True)  # model.train(): the gates are sampled
             cost = head_penalty(stats.penalty, head_price).mean()  # over layers and heads
             objective = loss if bound is None else bound.lagrangian(cost, loss)
@@ -212,10 +217,10 @@ def make_optimizer(model, config, weight_decay):
 # The loop
 
 
-def fit(run, phase, model, held_out=None):
+def fit(run, phase, model, held_out=None, teacher=None):
     """Train model in a phase, from its first step or from where last.pt left it, and write <phase>.pt. With
-    held_out, a HeldOut, under the bound on its loss. Returns the model, in eval mode, and how it was
-    trained."""
+    held_out, a HeldOut, under the bound on its loss; teacher: as in training_step. Returns the model, in eval
+    mode, and how it was trained."""
     config, steps, weight_decay = run.config, run.config.pretrain_steps, run.config.weight_decay
     if phase != "dense":
         config = replace(config, learning_rate=config.sparsify_learning_rate)
@@ -239,7 +244,7 @@ def fit(run, phase, model, held_out=None):
             held_out_loss = held_out.loss(model, step)
         loss, stats = training_step(
             forward, optimizer, batches, bound, config.grad_clip, held_out_loss, run.autocast,
-            config.head_price,
+            config.head_price, teacher,
         )  # fmt: skip
         run.after_step(step + 1, loss, stats, lr)  # logs, evaluates, saves, and stops if that is wanted
     trained = {**run.end(), "dataset": run.data.name, "seed": config.seed, "code": code_of("model.py")}
@@ -297,7 +302,7 @@ def sparse_phase(run, dense):
         x, _ = run.data.batch("train", n, torch.Generator().manual_seed(config.seed))
         calibrate_gate_biases(model, x)
     print(f"gated attention: {choose_attention(model, config.attention)}")
-    return fit(run, "sparse", model, HeldOut(run, dense))
+    return fit(run, "sparse", model, HeldOut(run, dense), dense if config.distill else None)
 
 
 def load(source, run):
@@ -323,6 +328,8 @@ def train(config):
             config = replace(config, **initial.dense_shape(config.block_size))
         command_line.check(config)
         data = Dataset(config.dataset, config.block_size, config.data_dir, device)
+        if config.distill and data.is_task:
+            raise UserError(f"--distill is for running text, and {data.name} is a task: leave it out")
         if initial is not None:
             data.check_tokenizer(initial.tokenizer, config.init_from)
         if not saved:

@@ -92,7 +92,7 @@ def test_only_the_answer_is_to_be_predicted(data_dir):
 
 def test_examples_of_ones_own(tmp_path, program):
     rows = [f"{a}{b}>\t{max(a, b)}{min(a, b)}\r\n" for a in range(10) for b in range(10)]
-    (tmp_path / "rows").write_bytes("".join(rows + rows).encode("utf-8-sig"))  # twice, and as Windows writes it
+    (tmp_path / "rows").write_bytes("".join(rows + rows).encode("utf-8-sig"))  # twice, as Windows writes
     code, _, _ = program(prepare.main, "examples", tmp_path / "rows", "--name=sort", f"--data_dir={tmp_path}")
     data = Dataset("sort", 4, tmp_path)
     assert code == 0 and data.meta["example_length"] == 5 and data.meta["answer_start"] == 3

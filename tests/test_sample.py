@@ -81,7 +81,7 @@ BAD = [
     (["{}/missing.pt"], "there is no checkpoint"),
     (["{}/sparse.pt", "--eval_only"], "does not say what it was trained on: add --dataset=NAME"),
     (["{}/sparse.pt", "--heads", "--edges=a.png"], "draw a --prompt: leave --eval_only and --heads out"),
-    (["{}/sparse.pt", "--heads", "--compare={}/sparse.pt", "--plot=a.png"], "draws one model: leave --compare"),
+    (["{}/sparse.pt", "--heads", "--compare={}/sparse.pt", "--plot=a.png"], "draws one model: leave"),
     (["{}/dense.pt", "--heads", "--dataset=sums"], "run `python data/prepare.py"),
     (["{}/sparse.pt", "--eval_only", "--dataset=none"], "run `python data/prepare.py text PATH --name=none`"),
     (["{}/sparse.pt", "--temperature=-1"], "--temperature is -1.0: give at least 0"),

@@ -1,6 +1,7 @@
 """The training step and the loop: edges fall, runs resume bit for bit, and nothing is lost when something
 goes wrong."""
 
+import copy
 import json
 import math
 import signal
@@ -88,6 +89,20 @@ def test_the_multiplier_follows_the_held_out_loss_and_the_step_reports_the_mean(
     with pytest.raises(UserError, match="held out nan"):
         training_step(model, optimizer, batches, bound, 1.0, torch.tensor(float("nan")))
     assert bound.average == pytest.approx(0.7)
+
+
+def test_a_teachers_predictions_take_the_place_of_the_tokens(data_dir):
+    """A model that is its own teacher has nothing to learn; its loss is the entropy of its predictions."""
+    batch = Dataset("sums", 5, data_dir).batch("train", 8, torch.Generator().manual_seed(0))
+    model = tiny()
+    teacher, before = copy.deepcopy(model).train(), copy.deepcopy(model.state_dict())
+    entropy = torch.distributions.Categorical(logits=model(*batch)[0]).entropy().mean().item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loss, _ = training_step(model, optimizer, [batch], None, 1.0, teacher=teacher)
+    assert loss == pytest.approx(entropy, abs=1e-5) and teacher.training
+    assert all(torch.allclose(before[name], p, atol=1e-5) for name, p in model.state_dict().items())
+    training_step(model, optimizer, [batch], None, 1.0)
+    assert not torch.allclose(before["wte.weight"], model.wte.weight, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(data_dir):
@@ -220,6 +235,7 @@ def test_text_runs_too(tmp_path):
         RECIPES["shakespeare_char"], dataset="text", data_dir=str(tmp_path / "data"),
         out_dir=str(tmp_path / "run"), learning_rate=1e-2, warmup_iters=10, pretrain_steps=100, control=True,
         sparsify_steps=5, eval_interval=100, block_size=16, batch_size=64, n_layer=2, n_embd=32, device="cpu",
+        distill=True,
     ))  # fmt: skip
     assert summary["dense_loss"] < 3.9 and "dense_accuracy" not in summary and summary["control_loss"] > 0
     dense = GPT.from_pretrained(tmp_path / "run" / "dense.pt")
@@ -433,6 +449,7 @@ BAD = [
     (["addition", "--data_dir=/nowhere"], "/nowhere/sums/meta.json is missing: run `python data/prepare.py"),
     (["addition", "--init_from=nothing.pt"], "there is no checkpoint nothing.pt"),
     (["addition", "--init_from=nothing.pt", "--n_layer=2"], "--n_layer is 2, but --init_from decides it: le"),
+    (["addition", "--distill"], "--distill is for running text, and sums is a task: leave it out"),
     (["addition", "--min_lr=1"], "--min_lr 1.0 is above --learning_rate 0.003: lower it"),
     (["addition", "--seed=99999999999999999999"], "--seed is 99999999999999999999: give less than"),
     (["addition", "--block_size=3"], "block_size is 3, sums has examples of 6: give at least 5"),
