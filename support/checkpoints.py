@@ -53,7 +53,7 @@ def open_pretrained(source):
     folder = Path(source)
     if str(source) in MODELS and not folder.exists():
         folder = download(str(source))
-    if (folder / "sparse.pt").is_file():
+    if (folder / "sparse.pt").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder} is a run: give one of its models, such as {folder / 'sparse.pt'}")
     if not folder.is_dir():
         saved = load_checkpoint(source)

@@ -469,7 +469,10 @@ WRONG = [
     (["sums", "--sparse={}/short.pt"], "short.pt has 1: compare models of one shape"),
     (["sums", "--sparse={}"], " is a run: give one of its models, such as "),
     (["sums", "--sparse={}/none.pt"], "there is no checkpoint"),
-    (["nothing", "--dense=none.pt"], "no task 'nothing': choose one of induction, carry, last_digit, "),
+    (
+        ["nothing", "--dense=none.pt"],
+        "there is no task 'nothing': choose one of induction, carry, last_digit, ",
+    ),
     ([], "give one task, such as addition: 0 were given"),
     (["sums", "--ablation=noise"], "--ablation is 'noise': choose one of corrupted, mean, zero"),
     (["sums", "--bound=0"], "--bound is 0.0: give more than 0"),

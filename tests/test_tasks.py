@@ -10,7 +10,7 @@ import torch
 from data.dataset import Dataset
 from data.prepare import main as prepare
 from data.prepare import prepare_examples, prepare_text
-from data.tasks import NAMES, Task, from_dataset, from_file, from_template, find, induction
+from data.tasks import NAMES, Task, check_name, from_dataset, from_file, from_template, find, induction
 from data.tokenizer import ByteTokenizer, GPT2Tokenizer, tokenizer_of
 from model import GPTConfig
 from support.command_line import UserError
@@ -213,6 +213,13 @@ def test_a_task_that_does_not_fit_is_one_sentence(tmp_path, monkeypatch, name, f
     write(tmp_path / "own.jsonl", LINES)
     with pytest.raises(UserError, match=sentence):
         find(name, file, GPTConfig(**config), {"tokenizer": "byte"}, 0, 0, aligned=True)
+
+
+def test_a_task_that_does_not_exist_is_one_sentence(data_dir):
+    sentence = "there is no task 'adition': choose one of induction, carry, last_digit, "
+    with pytest.raises(UserError, match=sentence):
+        check_name("adition", data_dir)
+    check_name("sums", data_dir)  # a dataset is one
 
 
 @pytest.mark.parametrize("name, home", [("carry", "addition"), ("speaker", "shakespeare_char")])
