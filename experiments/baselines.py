@@ -190,12 +190,13 @@ def train_baselines(folder, summary):
             edges = hand_edges(dense, config.dataset, T).to(data.device)
             attends = [partial(masked_attention, e) for e in edges]
         model = gated_copy(dense, attends).to(data.device)
+        teacher = dense if config.distill else None
         if name == "learned":  # under the sparse model's bound; the others for the loss alone
             model.learned = learned  # its parameters train, too
-            train.fit(run, name, model, HeldOut(run, dense))
+            train.fit(run, name, model, HeldOut(run, dense), teacher)
             torch.save(learned.state_dict(), out / "learned_gates.pt")
         else:
-            train.fit(run, name, model)
+            train.fit(run, name, model, teacher=teacher)
         (run.folder / f"{name}.pt").unlink()  # it lacks the attention
         results[name] = {**of_what, **evaluate(model, data, config.batch_size)}
         write_json(results[name], path)

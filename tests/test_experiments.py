@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, replace
 from itertools import product
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from support.checkpoints import save_model
 from support.command_line import UserError
 from support.files import read_json, write_json
 from support.graph import Graph
+from support.runs import read_log
 from tests.conftest import ROOT
 from tests.planted import T, previous_token
 from tests.test_model import tiny
@@ -186,6 +188,18 @@ def test_every_baseline_trains_on_the_same_number_of_edges(program, trained):
     assert [line.split()[0] for line in out.splitlines()[-6:-2]] == ["sparse", *names]
     code, out, err = program(baselines.main, trained / "nothing")
     assert code == 2 and "holds no finished run: give one that train.py wrote" in err
+
+
+def test_baselines_learn_from_the_teacher_that_the_sparse_model_had(trained, tmp_path):
+    first_loss = {}
+    for distill in (False, True):
+        folder = shutil.copytree(trained, tmp_path / str(distill), ignore=shutil.ignore_patterns("baselines"))
+        summary = read_json(folder / "summary.json")
+        summary["config"] |= {"distill": distill, "sparsify_steps": 2, "log_interval": 1}
+        baselines.train_baselines(folder, summary)
+        logs = [read_log(folder / "baselines" / name / "log.jsonl") for name in ("top", "learned", "fixed")]
+        first_loss[distill] = [next(line["loss"] for line in log if "loss" in line) for log in logs]
+    assert all(text != teacher for text, teacher in zip(first_loss[False], first_loss[True]))
 
 
 def test_patterns_by_hand_run_forward_and_are_as_many_as_they_say():
