@@ -32,6 +32,7 @@ test-all: .venv/triton
 gpu: .venv/triton
 	@$(PY) -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: PyTorch sees no CUDA device here')"
 	$(PY) data/prepare.py text $(or $(TEXT),*.py docs/*.md) --name=gpu --tokenizer=char
+	rm -rf out/gpu_char out/gpu_gpt2
 	failed=0; \
 	$(PY) -m pytest tests/test_fused_attention.py -m "" || failed=1; \
 	$(PY) bench.py all --length=1024 || failed=1; \

@@ -184,7 +184,7 @@ class Circuit:
             edges = {tuple(edge) for edge in content.pop("edges")}
             circuit = cls(model, edges, **content)
             circuit.mask(model.config.block_size)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} holds no circuit of this model ({error}): give one that save wrote")
         return circuit
 
@@ -418,7 +418,7 @@ def open_task(config):
 
 def folder_of(config):
     """The folder to write to: out_dir, or the task's own."""
-    beside = Path(config.sparse).parent if Path(config.sparse).is_file() else Path("out")
+    beside = Path(config.sparse).parent if config.sparse and Path(config.sparse).exists() else Path("out")
     return make_folder(config.out_dir or beside / config.task[0])
 
 

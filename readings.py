@@ -59,7 +59,8 @@ class ForcedGate:
         z = self.gate.deterministic(log_alpha).clone()  # (B, H, Tq, Tk); the queries are the last positions
         n_queries, n_keys = z.shape[-2:]
         first = n_keys - n_queries  # the position of the first query
-        for edge, is_open in self.forces.items():
+        heads_first = sorted(self.forces.items(), key=lambda force: force[0].query is not None)
+        for edge, is_open in heads_first:  # so that single edges can differ from their head
             if edge.query is None:
                 z[:, edge.head] = torch.ones_like(z[0, 0]).tril(first) * is_open
             elif first <= edge.query < n_keys:
@@ -244,7 +245,7 @@ def rules(symbols, roles, query, is_open):
     of one symbol for which the edge is open more often than not. symbols: (N, T) characters; is_open: (n,)
     bool, of the first n examples."""
     seen = [p for p in range(query + 1) if (symbols[:, p] != symbols[0, p]).any()]
-    digits = {p: symbols[:, p].astype(int) for p in seen if np.char.isdigit(symbols[:, p]).all()}
+    digits = {p: symbols[:, p].astype(int) for p in seen if np.char.isdecimal(symbols[:, p]).all()}
     for p in seen:
         values, first = np.unique(symbols[:, p]), symbols[: len(is_open), p]
         for value in values:
@@ -297,7 +298,7 @@ def effect_of(model, data, idx, targets, forces):
     accuracy = (answers == right).all(dim=1).float().mean().item()
     decode = tokenizer_of(data.meta).decode
     pairs = [(decode(a), decode(b)) for a, b in zip(answers.tolist(), right.tolist())]
-    if n_new > 1 and all(a.isdigit() and b.isdigit() for a, b in pairs):
+    if n_new > 1 and all(a.isdecimal() and b.isdecimal() for a, b in pairs):
         differences = Counter(int(a) - int(b) for a, b in pairs if a != b)
         if differences:
             difference, n = differences.most_common(1)[0]

@@ -48,6 +48,8 @@ class SampleConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
     def check(self):
+        if self.eval_only and self.heads:
+            raise UserError("--eval_only and --heads are two commands: leave one out")
         if (self.eval_only and self.plot) or ((self.eval_only or self.heads) and self.edges):
             raise UserError("--plot and --edges draw a --prompt: leave --eval_only and --heads out")
         if self.heads and self.compare and self.plot:

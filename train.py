@@ -292,7 +292,9 @@ def sparse_phase(run, dense):
     """The dense model with gates, post-trained under the bound, and how it was trained."""
     config = run.config
     if run.is_past("sparse"):
-        return load(run.folder / "sparse.pt", run)
+        model, trained = load(run.folder / "sparse.pt", run)
+        choose_attention(model, config.attention)
+        return model, trained
     torch.manual_seed(config.seed)
     gate_bias = 5.0 if config.gate_bias == "auto" else config.gate_bias
     model = GPT(replace(dense.config, gate=config.gate, gate_bias=gate_bias)).to(run.device)
@@ -327,9 +329,12 @@ def train(config):
                 initial = open_pretrained(config.init_from)
             config = replace(config, **initial.dense_shape(config.block_size))
         command_line.check(config)
+        if config.attention == "fused":  # before the dense phase: raises UserError where it does not work
+            small = GPTConfig(1, 1, 1, config.n_head, config.n_embd, gate=config.gate)
+            choose_attention(GPT(small).to(device), config.attention)
         data = Dataset(config.dataset, config.block_size, config.data_dir, device)
         if config.distill and data.is_task:
-            raise UserError(f"--distill is for running text, and {data.name} is a task: leave it out")
+            raise UserError(f"--distill is for running text, and {data.name} is a task: give --no-distill")
         if initial is not None:
             data.check_tokenizer(initial.tokenizer, config.init_from)
         if not saved:

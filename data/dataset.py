@@ -47,11 +47,13 @@ class Dataset:
         self.hold_out()
 
     def hold_out(self):
-        """Split "held_out": a twentieth of a training text, in pieces of about 16 sequences, evenly spread,
-        which "train" then lacks. Of a toy task, and of a very short text, it is all of "train"."""
+        """Split "held_out": a twentieth of a training text, at most 262,144 tokens, in pieces of about 1,024
+        (16,384 for sequences of 512 and more), evenly spread, which "train" then lacks. Of a toy task, and of
+        a very short text, it is all of "train"."""
         n_tokens = len(self.tokens["train"])
         n_held_out = min(n_tokens // 20, EVALUATED // 4)
-        n_pieces = max(1, n_held_out // (16 * self.block_size + 1))
+        # the same text for most sequence lengths: a dense model goes on with shorter ones, too
+        n_pieces = max(1, n_held_out // (16 * (64 if self.block_size < 512 else 1024) + 1))
         period, length = n_tokens // n_pieces, max(n_held_out // n_pieces, self.block_size + 1)
         self.tokens["held_out"], self.pieces["held_out"] = self.tokens["train"], self.pieces["train"]
         if not self.is_task and period > length + self.block_size:

@@ -5,7 +5,7 @@ Make a dataset: text or toy examples in, token files out (data/<name>/train.bin,
     python data/prepare.py recall                       a letter's digit, c4a1d7b2a to 1
     python data/prepare.py shakespeare [--file=PATH]    tiny Shakespeare by characters; else downloads 1.1 MB
     python data/prepare.py text PATH... --name=NAME [--tokenizer=gpt2|char|byte]
-        any UTF-8 files or folders, streamed; with gpt2 every file is a document, and every line {"text": ...}
+        any UTF-8 files or folders; with gpt2 every file is a document, and every line {"text": ...}
         of a .jsonl file
     python data/prepare.py openwebtext [--subsets=K] [--folder=PATH]
         GPT-2's kind of text; without --folder downloads 0.6 GB per subset; run again, it goes on after the
@@ -171,7 +171,7 @@ def file_documents(files, left_out):
                 for line in lines:
                     bar.update(len(line))
                     try:
-                        text = json.loads(line.decode("utf-8"))["text"] if line.strip() else ""
+                        text = json.loads(line.decode("utf-8-sig"))["text"] if line.strip() else ""
                         if text.strip():
                             yield text
                         else:
@@ -233,10 +233,7 @@ def prepare_examples(pairs, folder, val_fraction, roles=(), shown=""):
     examples = np.random.default_rng(0).permutation(examples)
     n_val = round(len(examples) * val_fraction)
     task = {"example_length": examples.shape[1], "answer_start": len(pairs[0][0])}
-    if roles:
-        task["roles"] = roles
-    if shown:
-        task["shown"] = shown
+    task |= {key: value for key, value in (("roles", roles), ("shown", shown)) if value}
     pieces = [("train", examples[n_val:]), ("val", examples[:n_val] if val_fraction else examples)]
     return write_dataset(folder, pieces, {**tokenizer.meta(), **task})
 

@@ -1,5 +1,5 @@
 """
-Tasks: pairs of prompts, clean and corrupted, that differ in what decides the answer and in nothing else.
+Tasks: pairs of prompts, clean and corrupted, whose answers differ.
 
 A dataset gives them as it is (`from_dataset`): a toy task's examples, or pieces of running text, whose task
 is the next token. Narrow tasks are pairs of one token's difference, made from a dataset's validation split:
@@ -12,7 +12,7 @@ is the next token. Narrow tasks are pairs of one token's difference, made from a
 Others are made from templates, or from random tokens, for any model whose tokenizer has the words as single
 tokens, such as GPT-2:
 
-    ioi           " Mary and John went to the shop, John gave a drink to" -> " Mary", not " John"
+    ioi           "When Mary and John went to the store, John gave a drink to" -> " Mary", not " John"
     greater_than  "The war lasted from the year 1743 to the year 17" -> any of 44 .. 99, not less
     induction     random tokens, of which a piece comes again: what followed it the first time?
 
@@ -179,8 +179,9 @@ def changed_character(data, rng, pattern, other):
         at, end = match.start(1) - match.start(), match.start(2) - match.start()
         clean, answer = match[0][:end], match[2]
         texts = clean, clean[:at] + other + clean[at + 1 :], answer, answer.upper()
-        clean, corrupted, answer, wrong = (tokenizer.encode(text).tolist() for text in texts)
-        examples.append((clean, corrupted, answer[0], wrong[0]))
+        if set("".join(texts)) <= set(data.meta["characters"]):
+            clean, corrupted, answer, wrong = (tokenizer.encode(text).tolist() for text in texts)
+            examples.append((clean, corrupted, answer[0], wrong[0]))
     return examples
 
 
@@ -213,7 +214,8 @@ def ioi(tokenizer, rng):
 
 
 def greater_than(tokenizer, rng):
-    """A later year of the same century. The corrupted prompt begins early: the wrong year is right there."""
+    """A later year of the same century. The corrupted prompt begins early: the wrong year is right there. As
+    any later year is right, `scores` is to be read by the preference, not by the accuracy."""
     century = rng.integers(11, 20)
     has_two_tokens = lambda year: len(tokenizer.encode(f" {century}{year:02d}")) == 2  # century and rest
     years = [year for year in range(2, 100) if has_two_tokens(year)]

@@ -53,12 +53,14 @@ class BaselineConfig:
 # Attention: each takes what gates.gated_attention takes, and returns (y, AttentionStats)
 
 
-def output(weights, v, edges, penalty=None):
-    """weights (B, H, T, T) that sum to one, or to zero in rows without an edge -> y and its figures."""
-    T = weights.size(-1)
-    fraction = edges.expand_as(weights).float().sum(dim=(0, 2, 3)) / (len(weights) * T * (T + 1) / 2)  # (H,)
-    zero = torch.zeros_like(fraction)
-    return weights @ v, AttentionStats(zero if penalty is None else penalty, fraction, fraction, zero, zero)
+def output(weights, v, edges, penalty=None, expected=None):
+    """weights (B, H, T, T), zero where edges is False -> y and AttentionStats. penalty, expected: (H,)."""
+    edges, T = edges.expand_as(weights).float(), weights.size(-1)
+    hard = edges.sum(dim=(0, 2, 3)) / (len(weights) * T * (T + 1) / 2)  # (H,)
+    empty = 1 - edges.amax(dim=-1).mean(dim=(0, 2))
+    removed = 1 - weights.detach().sum(dim=-1).mean(dim=(0, 2))
+    penalty = torch.zeros_like(hard) if penalty is None else penalty
+    return weights @ v, AttentionStats(penalty, hard if expected is None else expected, hard, empty, removed)
 
 
 def masked_attention(edges, q, k, v, bias, gate, training):
@@ -75,8 +77,9 @@ def learned_attention(log_alpha, q, k, v, bias, gate, training):
     scores = causal_scores(q, k).masked_fill(z == 0, torch.finfo(torch.float32).min / 4)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp() * z
     weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-9)  # over the open edges only
-    penalty = edge_penalty(gate, a).tril().sum(dim=(1, 2)) / (T * (T + 1) / 2)
-    return output(weights, v, gate.deterministic(a).tril() > 0, penalty)
+    figures = edge_penalty(gate, a), gate.open_probability(a).detach()
+    means = (figure.tril().sum(dim=(1, 2)) / (T * (T + 1) / 2) for figure in figures)  # (H,) each
+    return output(weights, v, gate.deterministic(a).tril() > 0, *means)
 
 
 class Top:
@@ -147,9 +150,9 @@ def best_edges(learned, n_layer, fraction, T):
 # Training
 
 
-def gated_copy(dense, attends):
-    """The dense model, whose layers attend by these functions."""
-    model = GPT(replace(dense.config, gate="hard_concrete"))
+def gated_copy(dense, attends, gate):
+    """The dense model, whose layers attend by these functions. gate: a name in gates.GATES."""
+    model = GPT(replace(dense.config, gate=gate))
     model.load_state_dict(dense.state_dict(), strict=False)
     for block, attend in zip(model.h, attends):
         block.attn.attend = attend
@@ -167,10 +170,11 @@ def train_baselines(folder, summary):
     T, n_layer = data.sequence_tokens, dense.config.n_layer
     learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
     of_what = {"edges": fraction, "dense_loss": summary["dense_loss"]}
-    of_what["code"] = code_of("experiments/baselines.py")
+    files = "experiments/baselines.py", "train.py", "gates.py", "constrained.py", "model.py"
+    of_what["code"] = code_of(*files)
     results = {}
     for name in BASELINES:
-        if name == "hand" and config.dataset not in HAND:
+        if name == "hand" and (config.dataset not in HAND or n_layer < 2):
             continue
         path = out / f"{name}.json"
         if path.is_file() and of_what.items() <= read_json(path).items():
@@ -189,7 +193,7 @@ def train_baselines(folder, summary):
         else:
             edges = hand_edges(dense, config.dataset, T).to(data.device)
             attends = [partial(masked_attention, e) for e in edges]
-        model = gated_copy(dense, attends).to(data.device)
+        model = gated_copy(dense, attends, config.gate).to(data.device)
         teacher = dense if config.distill else None
         if name == "learned":  # under the sparse model's bound; the others for the loss alone
             model.learned = learned  # its parameters train, too

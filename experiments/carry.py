@@ -46,8 +46,8 @@ def main(argv):
     for path in config.models:
         source = open_pretrained(path)
         data.check_tokenizer(source.tokenizer, path)
-        if source.model_config["n_layer"] < 2:
-            raise UserError(f"{path} has no layer above layer 0: give a model of two layers or more")
+        if source.model_config["n_layer"] < 2 or source.model_config["gate"] == "none":
+            raise UserError(f"{path} is dense or has one layer only: give a sparse model of two or more")
         layer, query, key, often, seldom = carry_edge(GPT.from_pretrained(source), idx, carry)
         found += often > 0.9 and seldom < 0.1
         print(f"{path}: layer {layer}, {query} reads {key}: {often:.1%} with a carry, {seldom:.1%} without")

@@ -67,9 +67,9 @@ def faithfulness_of(problem, task):
 
 
 def components(problem, mask):
-    """({(writer, reader)} of a circuit from component to component, its heads)."""
-    edges = {(w, node_of(r)[0]) for w, r, _ in problem.graph.named(mask)}
-    return edges, {node for edge in edges for node in edge if ".h" in node}
+    """({(writer, reader, position)} of a circuit from component to component, its heads)."""
+    edges = {(w, node_of(r)[0], p) for w, r, p in problem.graph.named(mask)}
+    return edges, {node for edge in edges for node in edge[:2] if ".h" in node}
 
 
 def attention_edges(circuit, task, bound):
@@ -164,11 +164,14 @@ def curve(model, searched, scored, config, ways):
 
 def code():
     """A hash of what finds the figures."""
-    return code_of("circuits.py") + code_of("experiments/circuit_curve.py")
+    circuits_of = "circuits.py", "support/graph.py", "data/tasks.py", "gates.py", "constrained.py", "model.py"
+    return code_of("experiments/circuit_curve.py", *circuits_of)
 
 
 def main(argv, ways=WAYS):
     config = command_line.parse(CircuitConfig(), argv, __doc__)
+    if config.seeds > 1:
+        raise UserError(f"--seeds is {config.seeds}, and this is one search a model: give one --seed")
     models, _, (searched, scored) = circuits.open_task(config)
     folder = circuits.folder_of(config)
     found, points = {}, {}

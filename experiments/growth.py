@@ -43,18 +43,20 @@ class GrowthConfig:
     picture: str = option("out/growth.png", "where to draw")
 
 
-def figures_of(folder, task, config):
+def figures_of(folder, summary, config):
     """circuit_curve's figures of a folder's two models, {dense, sparse: {way: {figure: number}}}."""
+    task = config.task or summary["config"]["dataset"]
     path, models = folder / task / "circuits_curve.json", [folder / "dense.pt", folder / "sparse.pt"]
     how = asdict(CircuitConfig(bound=config.bound, steps=config.steps, sweep=False))
-    for key in ("task", "dense", "sparse", "data_dir", "out_dir", "device"):
-        del how[key]  # where, not how
+    for key in ("task", "dense", "sparse", "data_dir", "out_dir", "device", "sweep"):
+        del how[key]  # where, not how; and what is not shown here
     found = read_json(path) if path.is_file() else {}
     is_same = how.items() <= found.get("config", {}).items() and found.get("code") == circuit_curve.code()
     is_newer = lambda model: not model.is_file() or model.stat().st_mtime > path.stat().st_mtime
     if not is_same or any(map(is_newer, models)):
         print(f"{folder}: circuits of {task}", flush=True)
         files = [f"--dense={models[0]}", f"--sparse={models[1]}", f"--out_dir={path.parent}"]
+        files += [f"--data_dir={summary['config']['data_dir']}"]
         options = [f"--bound={config.bound}", f"--steps={config.steps}", "--no-sweep"]
         circuit_curve.main([task, *files, *options], BOTH)
     return read_json(path)["figures"]
@@ -62,7 +64,7 @@ def figures_of(folder, task, config):
 
 def column_of(folder, summary, config):
     """One model's column of the table, and its number of heads."""
-    found = figures_of(folder, config.task or summary["config"]["dataset"], config)
+    found = figures_of(folder, summary, config)
     column, heads = dict(summary), sum(summary["edges_per_head"], [])
     column["alive"] = sum(fraction > 0 for fraction in heads)
     for measure, (figure, ways) in MEASURES.items():

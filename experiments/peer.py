@@ -16,7 +16,6 @@ the dense and of the sparse model, then CPU seconds of one search, the mean of a
 import subprocess
 import sys
 import time
-import venv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def environment(folder):
     python, complete = folder / "bin" / "python", folder / "complete"
     if not complete.is_file():
         print(f"making {folder}, which takes minutes", flush=True)
-        venv.create(folder, clear=True, with_pip=True)
+        call(sys.executable, "-m", "venv", "--clear", folder)
         call(python, "-m", "pip", "install", "--quiet", *PACKAGES)
         complete.touch()
     return python

@@ -21,8 +21,7 @@ sys.path.insert(0, str(ROOT))  # a script that sees the project
 
 from support import command_line
 from support.command_line import UserError, arguments, option
-from support.files import read_json
-from support.report import side_by_side
+from support.report import read_summary, side_by_side
 
 COLUMNS = {  # of the table, from summary.json
     "dense": ("dense_loss", "{:.4f}"),
@@ -54,15 +53,15 @@ def run(config, seed):
     summary = folder / "summary.json"
     if not summary.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        resume = ["--resume"] if (folder / "last.pt").is_file() else [f"--seed={seed}", *words]
-        command = [sys.executable, ROOT / "train.py", config.recipe[0], f"--out_dir={folder}", *resume]
+        how = ["--resume"] if (folder / "last.pt").is_file() else [*words, f"--seed={seed}"]
+        command = [sys.executable, ROOT / "train.py", config.recipe[0], *how, f"--out_dir={folder}"]
         environment = os.environ | ({"OMP_NUM_THREADS": str(config.threads)} if config.threads else {})
         with open(folder / "output.txt", "a") as output:
             done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         if done.returncode:
             raise UserError(f"seed {seed} failed: see {folder / 'output.txt'}")
         print(f"{folder} is done", flush=True)
-    return read_json(summary)
+    return read_summary(folder)
 
 
 def table(summaries):

@@ -42,7 +42,7 @@ def table(circuits, reports):
     lines = side_by_side({name: figures[0] for name, figures in reports.items()}, ROWS, 24, extra)
     ratio = ratio_of(reports)
     words = f"{ratio:.1f}" if ratio else "no edges to compare"
-    return "\n".join([*lines, "", f"edges dense / sparse: {words}"])
+    return "\n".join([*lines, "", f"edges dense / sparse{', all seeds' if extra else ''}: {words}"])
 
 
 def overlap(circuits):

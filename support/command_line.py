@@ -122,6 +122,7 @@ def run(main):
         code = 2
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # as a program that the signal SIGPIPE ended
     except KeyboardInterrupt as stop:
         print(f"{who}stopped{': ' + str(stop) if str(stop) else ''}", file=sys.stderr)
         code = 130

@@ -64,10 +64,12 @@ class Run:
         self.config, self.data, self.device, self.folder = config, data, device, folder
         self.saved, self.stop, self.log_path = saved, stop, folder / "log.jsonl"
         self.step_tokens = config.batch_size * config.gradient_accumulation_steps * data.sequence_tokens
-        if ranks.is_first():
-            (folder / "summary.json").unlink(missing_ok=True)  # of the run before
-            with open(self.log_path, "ab") as file:
-                file.truncate(min(saved["log_length"], file.tell()) if saved else 0)
+        self.phase = None
+        # of what device the noise is, beside the CPU
+        self.accelerator = {"cuda": torch.cuda, "mps": torch.mps}.get(torch.device(device).type)
+        if saved and saved.get("data") != data.meta:
+            other = f"{data.name} is not the data that the run in {folder} began with"
+            raise UserError(f"{other}: make it again as it was, or start over in another --out_dir")
 
     def autocast(self):
         on = self.config.dtype == "bfloat16"
@@ -84,6 +86,8 @@ class Run:
 
     def begin(self, phase, steps, model, optimizer, generator, bound):
         """Start a phase, or take up the interrupted one. Returns the number of steps that are done."""
+        if self.phase is None and ranks.is_first():
+            self.clear()
         self.phase, self.steps, self.step, self.recent = phase, steps, 0, []
         self.model, self.generator, self.bound, self.started = model, generator, bound, time.time()
         self.parts = {"model": model, "optimizer": optimizer} | ({} if bound is None else {"bound": bound})
@@ -94,6 +98,15 @@ class Run:
             self.restore()
             print(f"{phase}: resumed after step {self.step} of {steps}")
         return self.step
+
+    def clear(self):
+        """Remove what the run before this one left, or what was logged after last.pt was saved."""
+        try:
+            (self.folder / "summary.json").unlink(missing_ok=True)
+            with open(self.log_path, "ab") as file:
+                file.truncate(min(self.saved["log_length"], file.tell()) if self.saved else 0)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder} ({error.strerror}): give another --out_dir")
 
     def after_step(self, step, loss, stats, learning_rate):
         """Log, evaluate and save where it is time to. Raises KeyboardInterrupt, on all ranks after the same
@@ -120,7 +133,7 @@ class Run:
             self.save()
         if stop:
             done = f"{self.phase} after step {step} of {self.steps}"
-            raise KeyboardInterrupt(f"{done}, and saved: --resume goes on")
+            raise KeyboardInterrupt(f"{done}, and saved: --resume --out_dir={self.folder} goes on")
 
     def end(self):
         """How the phase trained its model, plain values."""
@@ -148,12 +161,12 @@ class Run:
 
     def save(self):
         """Write last.pt. All ranks call it, the first one writes."""
-        cuda = self.device.startswith("cuda")
         noise = ranks.gathered(torch.get_rng_state())
-        noise_cuda = ranks.gathered(torch.cuda.get_rng_state()) if cuda else []
+        accelerator_noise = ranks.gathered(self.accelerator.get_rng_state()) if self.accelerator else []
         if ranks.is_first():
             kept = {name: getattr(self, name) for name in ("phase", "step", "recent")}
-            kept |= {"config": dataclasses.asdict(self.config), "noise": noise, "noise_cuda": noise_cuda}
+            kept |= {"config": dataclasses.asdict(self.config), "data": self.data.meta}
+            kept |= {"noise": noise, "accelerator_noise": accelerator_noise}
             kept |= {"seconds": time.time() - self.started, "log_length": self.log_path.stat().st_size}
             kept |= {"parts": {name: part.state_dict() for name, part in self.parts.items()}}
             kept |= {"generator": self.generator.get_state()}
@@ -172,8 +185,8 @@ class Run:
             wrong = f"{self.folder / 'last.pt'} does not fit this code ({str(error).splitlines()[0]})"
             raise UserError(f"{wrong}: start over in another --out_dir, or after `make clean`")
         torch.set_rng_state(saved["noise"][ranks.rank()])
-        if self.device.startswith("cuda") and saved["noise_cuda"]:  # none where it began on a CPU
-            torch.cuda.set_rng_state(saved["noise_cuda"][ranks.rank()])
+        if self.accelerator and saved["accelerator_noise"]:  # none where it began on a CPU
+            self.accelerator.set_rng_state(saved["accelerator_noise"][ranks.rank()])
 
     def draw(self, dense, sparse):
         """Write edges.png, attention.png and training.png, and return their paths. They show the dataset's
@@ -199,9 +212,10 @@ class Run:
         return [pictures.save(figure, self.folder / name) for name, figure in figures.items()]
 
 
-def code_of(file):
-    """A hash of one of the project's source files."""
-    return hashlib.sha256((Path(__file__).parent.parent / file).read_bytes()).hexdigest()[:12]
+def code_of(*files):
+    """A hash of some of the project's source files."""
+    root = Path(__file__).parent.parent
+    return hashlib.sha256(b"".join((root / file).read_bytes() for file in files)).hexdigest()[:12]
 
 
 def read_log(path):

@@ -445,7 +445,7 @@ def test_dense_against_sparse_on_the_command_line(program, checkpoints, data_dir
         assert len(circuit.edges) == figures[0]["edges"] and circuit.found["seed"] == 0
     dense, sparse = (sum(f["edges"] for f in content[name]) for name in ("dense", "sparse"))
     assert content["ratio"] == pytest.approx(dense / sparse)
-    assert f"edges dense / sparse: {dense / sparse:.1f}" in out
+    assert f"edges dense / sparse, all seeds: {dense / sparse:.1f}" in out
     rows = {line[:24].strip(): line[24:].split() for line in out.splitlines()}
     assert rows["candidate edges"] == ["46", "18"] and len(rows["overlap of seeds"]) == 2
     assert (checkpoints / "circuits.png").stat().st_size > 5000

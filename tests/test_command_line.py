@@ -1,10 +1,13 @@
 """A dataclass as a command line: how values are written, and what is said of wrong ones."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
 from support.command_line import UserError, arguments, option, parse
+from tests.conftest import ROOT
 
 
 @dataclass
@@ -61,3 +64,13 @@ def test_help_names_every_option_with_its_default_and_meaning(capsys):
     assert end.value.code == 0 and "What it is for." in text and "usage" not in text
     for words in (["--steps 10", "how long"], ["--quiet", "say nothing"], ["--no-draw", "make a picture"]):
         assert any(all(word in line for word in words) for line in text.splitlines())
+
+
+def test_a_reader_that_goes_away_ends_a_program_quietly():
+    main = "lambda argv: [print(n, flush=True) for n in range(10**6)]"
+    code = f"from support.command_line import run; run({main})"
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **streams) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141

@@ -62,7 +62,7 @@ def test_recall_asks_for_the_digit_after_the_letter(tmp_path, program):
 
 
 def test_pieces_spread_over_a_text_are_held_out_of_training(tmp_path):
-    (tmp_path / "words.txt").write_text(" ".join(map(str, range(10_000))))
+    (tmp_path / "words.txt").write_text(" ".join(map(str, range(34_000))))
     prepare.prepare_text([tmp_path / "words.txt"], tmp_path / "text", "char", 0.1)
     data = Dataset("text", 16, tmp_path)
     whole = len(data.tokens["train"])
@@ -74,6 +74,8 @@ def test_pieces_spread_over_a_text_are_held_out_of_training(tmp_path):
     assert 0.94 < held_out[:, :16].unique().numel() / (whole / 20) <= 1, "all of it but for rests is measured"
     quarters = torch.bincount(held_out[:, 0] * 4 // whole)
     assert quarters.min() == quarters.max(), "every part of the text is held out alike"
+    longer = Dataset("text", 64, tmp_path).pieces["held_out"]
+    assert torch.equal(longer[0], data.pieces["held_out"][0]) and longer[1] == data.pieces["held_out"][1]
     (tmp_path / "short.txt").write_text("ab" * 40)
     prepare.prepare_text([tmp_path / "short.txt"], tmp_path / "short", "char", 0.5)
     data = Dataset("short", 30, tmp_path)
@@ -163,7 +165,7 @@ def lines(texts):
 def test_few_documents_are_split_at_the_end_and_lines_without_a_text_are_counted(tmp_path, letters, capsys):
     bad = '\n{\n[1]\n{"text": 3}\n{"body": "x"}\n{"text": " "}'
     good = lines(["second", "half a pair \ud800"])
-    texts = {"a.txt": "first " * 9, "b.jsonl": good + bad, "c.txt": "last " * 5, "empty.txt": ""}
+    texts = {"a.txt": "first " * 9, "b.jsonl": "\ufeff" + good + bad, "c.txt": "last " * 5, "empty.txt": ""}
     meta = prepare.prepare_text([folder_of(tmp_path / "in", texts)], tmp_path / "out", "gpt2", 0.25)
     tokens = tokens_of(tmp_path / "out", "train", "val")
     parts = bytes(np.where(tokens == Letters.end_of_text, 0, tokens).astype(np.uint8)).decode().split("\0")

@@ -59,7 +59,8 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
         (folder / "sums").mkdir(parents=True)
         heads = [[0.5] * n] * (n - 1) + [[0.0] * n]
         summary = {"dense_loss": 1.0, "sparse_loss": 1.0, "edges_hard": 0.3, "edges_per_head": heads}
-        (folder / "summary.json").write_text(json.dumps(summary | {"config": {"dataset": "sums"}}))
+        summary["config"] = {"dataset": "sums", "data_dir": "nowhere"}
+        (folder / "summary.json").write_text(json.dumps(summary))
         figures = {"edges": edges, "explained": edges, "heads": 4}
         ways = {way: figures for way in circuit_curve.WAYS}
         both = {"dense": ways, "sparse": {way: figures | {"edges": 10, "explained": 5} for way in ways}}
@@ -109,7 +110,7 @@ def test_edges_are_counted_from_component_to_component():
     rest = {("a0.h1", "m0"), ("a0.h1", "logits"), ("m0", "logits")}
     mask = graph.mask({("embed", "a0.h1.q"), ("embed", "a0.h1.v"), *rest})
     edges, heads = circuit_curve.components(SimpleNamespace(graph=graph), mask)
-    assert edges == {("embed", "a0.h1"), *rest}
+    assert edges == {(writer, reader, 0) for writer, reader in {("embed", "a0.h1"), *rest}}
     assert heads == {"a0.h1"}
 
 
@@ -220,13 +221,15 @@ def test_fixed_edges_are_attention_over_these_edges_only():
             wanted = (weights @ v[:, h, keys])[:, 0] if len(keys) else torch.zeros(2, 4)
             assert torch.allclose(y[:, h, i], wanted.double())
     assert stats.hard_edges.tolist() == pytest.approx((edges.float().sum(dim=(1, 2)) / 21).tolist())
+    empty = 1 - edges.any(dim=2).float().mean(dim=1)
+    assert torch.allclose(stats.empty_rows, empty) and torch.allclose(stats.mass_removed.float(), empty)
 
 
 def test_learned_edges_that_are_all_open_are_plain_attention():
     q, k, v = torch.randn(3, 2, 2, 6, 4)
-    y, _ = baselines.learned_attention(
-        lambda: torch.full((2, 6, 6), 9.0), q, k, v, None, GATES["hard_concrete"](), False
-    )
+    gate = GATES["hard_concrete"]()
+    y, stats = baselines.learned_attention(lambda: torch.full((2, 6, 6), 9.0), q, k, v, None, gate, False)
+    assert torch.allclose(stats.expected_edges, gate.open_probability(torch.full((2,), 9.0)))
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(y, wanted, atol=1e-5)
 

@@ -159,6 +159,8 @@ def test_forced_edges_are_open_or_closed_and_come_back(model):
     assert (within[1, :, 1] == torch.ones(6, 6).tril()).all(), "an open head still reads no later key"
     within[1, :, 0, 4, 2], within[0, :, 1, 3, 3] = before[1, :, 0, 4, 2], before[0, :, 1, 3, 3]
     assert torch.equal(within[0, :, 1], before[0, :, 1]), "in the layer of forced edges, the others stay"
+    with forced(model, {Edge(1, 1, 4, 2): False, Edge(1, 1): True}):
+        assert (model.attention(idx).gate[1, :, 1, 4] == torch.tensor([1, 1, 0, 1, 1, 0])).all(), "any order"
     assert torch.equal(model.attention(idx).gate, before)
 
 

@@ -80,6 +80,7 @@ BAD = [
     (["{}/sparse.pt", "--prompt=4+5=", "--plot={}/a.doc"], "that ends in .png, .svg or .pdf"),
     (["{}/missing.pt"], "there is no checkpoint"),
     (["{}/sparse.pt", "--eval_only"], "does not say what it was trained on: add --dataset=NAME"),
+    (["{}/sparse.pt", "--heads", "--eval_only"], "are two commands: leave one out"),
     (["{}/sparse.pt", "--heads", "--edges=a.png"], "draw a --prompt: leave --eval_only and --heads out"),
     (["{}/sparse.pt", "--heads", "--compare={}/sparse.pt", "--plot=a.png"], "draws one model: leave"),
     (["{}/dense.pt", "--heads", "--dataset=sums"], "run `python data/prepare.py"),

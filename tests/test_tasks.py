@@ -96,7 +96,8 @@ PLAY = "".join(map(SPEECH.format, "aeiou" * 90))
 
 @pytest.mark.parametrize("name, ends", [("sentence", (", ", ". ")), ("speaker", (",\nT", "\n\nT"))])
 def test_one_character_decides_between_a_small_letter_and_a_capital(tmp_path, name, ends):
-    (tmp_path / "play.txt").write_text(PLAY + "".join(map(chr, range(65, 91))))
+    capitals = "".join(map(chr, range(65, 91))).replace("A", "")  # pairs that need the A are left out
+    (tmp_path / "play.txt").write_text(PLAY + capitals)
     prepare_text([tmp_path / "play.txt"], tmp_path / "play", "char", 0.5)
     data = Dataset("play", 64, tmp_path)
     task = find(name, "", GPTConfig(block_size=64), data.meta, 0, 0, tmp_path, dataset="play")

@@ -358,11 +358,12 @@ def test_ctrl_c_on_the_command_line(small, monkeypatch, program):
     flags += ["--pretrain_steps=5", "--sparsify_steps=5", "--device=cpu"]
     stop_at(monkeypatch, 7)
     code, _, err = program(train_module.main, "addition", *flags)
-    assert code == 130 and err == "stopped: sparse after step 2 of 5, and saved: --resume goes on\n"
+    resume = f"--resume --out_dir={small.out_dir}"
+    assert code == 130 and err == f"stopped: sparse after step 2 of 5, and saved: {resume} goes on\n"
     monkeypatch.setattr(train_module, "training_step", training_step)
     code, _, err = program(train_module.main, "addition", *flags)
     assert code == 2 and "holds an interrupted run: --resume it, or give another --out_dir" in err
-    resume = ("addition", "--resume", f"--out_dir={small.out_dir}")
+    resume = ("addition", *resume.split())
     code, _, err = program(train_module.main, *resume, "--seed=5")
     assert code == 2 and "--resume goes on with the settings of the run: give no other option" in err
     code, out, _ = program(train_module.main, *resume)
@@ -425,9 +426,22 @@ def test_a_folder_of_another_run_is_refused_and_loses_nothing(small, tmp_path, m
         monkeypatch.setattr(train_module, "Dataset", lambda *args: with_other_meta(Dataset(*args)))
     with pytest.raises(UserError, match=sentence):
         train(small)
-    for path in (tmp_path / "run").glob("*.pt"):
-        assert path.read_bytes() == before.pop(path.name)
-    assert not any(name.endswith(".pt") for name in before)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_resuming_on_other_data_is_refused(small, monkeypatch):
+    stop_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train(small)
+    monkeypatch.setattr(train_module, "Dataset", lambda *args: with_other_meta(Dataset(*args)))
+    with pytest.raises(UserError, match="sums is not the data that the run in .* began with: make it again"):
+        train(replace(small, resume=True))
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(small, tmp_path):
+    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write to .*run .*: give another --out_dir"):
+        train(small)
 
 
 def with_other_meta(data):
@@ -449,7 +463,7 @@ BAD = [
     (["addition", "--data_dir=/nowhere"], "/nowhere/sums/meta.json is missing: run `python data/prepare.py"),
     (["addition", "--init_from=nothing.pt"], "there is no checkpoint nothing.pt"),
     (["addition", "--init_from=nothing.pt", "--n_layer=2"], "--n_layer is 2, but --init_from decides it: le"),
-    (["addition", "--distill"], "--distill is for running text, and sums is a task: leave it out"),
+    (["addition", "--distill"], "--distill is for running text, and sums is a task: give --no-distill"),
     (["addition", "--min_lr=1"], "--min_lr 1.0 is above --learning_rate 0.003: lower it"),
     (["addition", "--seed=99999999999999999999"], "--seed is 99999999999999999999: give less than"),
     (["addition", "--block_size=3"], "block_size is 3, sums has examples of 6: give at least 5"),
@@ -461,9 +475,9 @@ BAD = [
 @pytest.mark.parametrize("argv, sentence", BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_bad_input_is_one_sentence_and_exit_code_2(program, data_dir, tmp_path, argv, sentence):
     defaults = ["--dataset=sums", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/new", "--pretrain_steps=1"]
-    code, _, err = program(train_module.main, argv[0], *defaults, *argv[1:])
+    code, out, err = program(train_module.main, argv[0], *defaults, *argv[1:])
     assert code == 2 and err.startswith("error: ") and sentence in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "new" / "summary.json").exists()
+    assert out == "" and not (tmp_path / "new").exists(), "before anything is trained"
 
 
 def test_nothing_to_resume_and_a_damaged_last_pt(small, tmp_path):
