@@ -118,7 +118,7 @@ RECIPES = {
     ),  # fmt: skip
     "shakespeare_char": TrainConfig(
         loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=4500,
-        sparsify_steps=4000, sparsify_learning_rate=1e-3, control=False,
+        sparsify_steps=10_000, sparsify_learning_rate=1e-3, distill=True, control=False,
     ),  # fmt: skip
     "novels_char": TrainConfig(
         dataset="novels_char", loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0,
