@@ -2,7 +2,7 @@
 # make test      run the tests
 # make test-all  those that take minutes, too
 # make gpu       what needs a GPU: the kernels' tests, bench.py, 300 steps of two recipes (TEXT=FILE: on it)
-# make figures   draw every picture of docs/ again, after training what they show (but the novels)
+# make figures   draw every picture of docs/ again, after training what they show (but the texts)
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
 
@@ -52,6 +52,8 @@ figures: demo out/recall/summary.json
 	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
 	cp out/lesson_*.png docs
 	[ ! -f out/heads_8/edges.png ] || cp out/heads_8/edges.png docs/edges_novels.png
+	[ ! -f out/shakespeare_char/sparse.pt ] || { $(PY) circuits.py speaker --bound=0.01 && \
+		cp out/speaker/circuits.png docs/circuits_speaker.png; }
 	[ -z "$(SIZES)" ] || { $(PY) experiments/growth.py $(SIZES) --picture=docs/growth.png && \
 		$(PY) experiments/growth.py $(SIZES) --task=sentence --picture=docs/growth_sentence.png; }
 
