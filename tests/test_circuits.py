@@ -486,3 +486,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(program, checkpoints, data_di
     words = [word.format(checkpoints) for word in argv]
     code, _, err = program(circuits.main, *options(checkpoints, data_dir), *words)
     assert code == 2 and sentence in err and len(err.splitlines()) == 1
+
+
+def test_circuits_of_a_model_in_a_folder_go_beside_it(tmp_path):
+    (tmp_path / "exported").mkdir()
+    config = circuits.CircuitConfig(task=("sums",), sparse=str(tmp_path / "exported"))
+    assert circuits.folder_of(config) == tmp_path / "sums"

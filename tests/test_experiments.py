@@ -15,7 +15,7 @@ import model
 from circuits import Circuit, CircuitConfig
 from data.dataset import read_meta
 from data.tasks import Task
-from experiments import baselines, circuit_curve, growth, peer, seeds
+from experiments import baselines, carry, circuit_curve, growth, peer, seeds
 from experiments.carry import carry_edge
 from gates import GATES
 from model import AttentionRecord
@@ -246,3 +246,11 @@ def test_the_edge_that_tells_the_carry_is_found(monkeypatch):
             return AttentionRecord(edges.float(), edges.float())
 
     assert carry_edge(Planted(), torch.zeros(40, 8), carry) == (1, 6, 4, 1.0, 0.0)
+
+
+def test_a_dense_model_has_no_carry_edge(program, tmp_path, data_dir):
+    meta = read_meta(data_dir / "sums")
+    shutil.copytree(data_dir / "sums", tmp_path / "addition")
+    save_model(tiny(vocab_size=12), tmp_path / "dense.pt", meta, {})
+    code, _, err = program(carry.main, tmp_path / "dense.pt", f"--data_dir={tmp_path}")
+    assert code == 2 and "is dense or has one layer only: give a sparse model of two or more" in err

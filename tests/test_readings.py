@@ -109,6 +109,12 @@ def test_the_simplest_rule_is_found(words):
     assert agreement == 1 and set(found.split(" and ")) == set(words.split(" and "))
 
 
+def test_raised_digits_are_no_numbers():
+    symbols = np.array([["1"], ["²"]] * 20)
+    words, agreement = simplest_rule(symbols, ["power"], 0, symbols[:, 0] == "²")
+    assert agreement == 1 and words in ("power is ²", "power is not 1")
+
+
 def test_a_rule_sees_no_later_symbol_and_agreement_is_of_other_examples():
     symbols = digits()
     _, agreement = simplest_rule(symbols, "abc", 0, symbols[:, 1].astype(int) >= 5)
