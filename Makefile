@@ -12,6 +12,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 OUT = out/addition
 SHORT = --dataset=gpu --pretrain_steps=300 --sparsify_steps=300 --no-control
 NOVELS = $(firstword $(wildcard out/seeds/novels_char_*_seed_100))
+PLAYS = $(firstword $(wildcard out/seeds/shakespeare_char_?_threads_seed_100))
 SIZES = $(wildcard out/novels_2 out/novels_4 out/novels_8)
 
 .PHONY: demo test test-all gpu figures clean .venv
@@ -52,8 +53,8 @@ figures: demo out/recall/summary.json
 	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
 	cp out/lesson_*.png docs
 	[ ! -f out/heads_8/edges.png ] || cp out/heads_8/edges.png docs/edges_novels.png
-	[ ! -f out/shakespeare_char/sparse.pt ] || { $(PY) circuits.py speaker --bound=0.01 && \
-		cp out/speaker/circuits.png docs/circuits_speaker.png; }
+	[ -z "$(PLAYS)" ] || { $(PY) circuits.py speaker --bound=0.01 --dense=$(PLAYS)/dense.pt \
+		--sparse=$(PLAYS)/sparse.pt && cp $(PLAYS)/speaker/circuits.png docs/circuits_speaker.png; }
 	[ -z "$(SIZES)" ] || { $(PY) experiments/growth.py $(SIZES) --picture=docs/growth.png && \
 		$(PY) experiments/growth.py $(SIZES) --task=sentence --picture=docs/growth_sentence.png; }
 

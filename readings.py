@@ -52,15 +52,16 @@ class ForcedGate:
     """A layer's gate, of which some edges are held open (1) or closed (0) in evaluation."""
 
     def __init__(self, gate, forces):
-        self.gate, self.forces = gate, forces  # {Edge: whether it is open}
+        self.gate = gate
+        # (Edge, whether it is open): whole heads first, so that single edges can differ from their head
+        self.forces = sorted(forces.items(), key=lambda force: force[0].query is not None)
         self.sample, self.open_probability = gate.sample, gate.open_probability
 
     def deterministic(self, log_alpha):
         z = self.gate.deterministic(log_alpha).clone()  # (B, H, Tq, Tk); the queries are the last positions
         n_queries, n_keys = z.shape[-2:]
         first = n_keys - n_queries  # the position of the first query
-        heads_first = sorted(self.forces.items(), key=lambda force: force[0].query is not None)
-        for edge, is_open in heads_first:  # so that single edges can differ from their head
+        for edge, is_open in self.forces:
             if edge.query is None:
                 z[:, edge.head] = torch.ones_like(z[0, 0]).tril(first) * is_open
             elif first <= edge.query < n_keys:

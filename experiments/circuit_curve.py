@@ -164,8 +164,8 @@ def curve(model, searched, scored, config, ways):
 
 def code():
     """A hash of what finds the figures."""
-    circuits_of = "circuits.py", "support/graph.py", "data/tasks.py", "gates.py", "constrained.py", "model.py"
-    return code_of("experiments/circuit_curve.py", *circuits_of)
+    files = "circuits.py", "support/graph.py", "data/tasks.py", "gates.py", "constrained.py", "model.py"
+    return code_of("experiments/circuit_curve.py", *files)
 
 
 def main(argv, ways=WAYS):
