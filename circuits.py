@@ -25,7 +25,6 @@ Shapes: N examples, B in a batch, K answer positions, T tokens, C width, H heads
 W = 1 + L (H + 1) writers, R = L (3 H + 1) + 1 readers. P is 1, or T where every position has its own edges.
 """
 
-import copy
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -36,13 +35,13 @@ import torch.nn.functional as F
 
 from constrained import LossBound
 from data import tasks
-from gates import GATES, attention_pattern, edge_penalty
+from gates import GATES, edge_penalty
 from model import GPT, evaluating
 from support import circuit_report, command_line
 from support.checkpoints import check_comparable, open_pretrained
 from support.command_line import UserError, arguments, option
 from support.files import make_folder, read_json, write_json
-from support.graph import graph_of, node_of, tokens_read
+from support.graph import edges_read, graph_of, node_of
 from support.ranks import find_device
 
 ABLATIONS = ("corrupted", "mean", "zero")
@@ -59,8 +58,8 @@ def head_outputs(attn, q, k, v):
     if attn.gate is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
     else:
-        pattern, log_alpha = attention_pattern(q, k, attn.gate_bias)
-        y = (pattern * attn.gate.deterministic(log_alpha)).to(v.dtype) @ v
+        pattern, z = attn.pattern_and_gate(q, k)
+        y = (pattern * z).to(v.dtype) @ v
     return projected(attn, y)
 
 
@@ -258,19 +257,14 @@ class Problem:
 
     def swept(self, mask, ranking, bound):
         """mask without the edges that it can do without: each is left out, the lowest of the ranking first,
-        and put back where the bound would not hold. The examples with the largest KL come first, so that
-        `fits` stops early."""
-        kl = kl_divergence(self.full, self.logits(mask)).sum(dim=1)
-        hardest, order = copy.copy(self), kl.argsort(descending=True)
-        for name in ("clean", "positions", "full", "ablated"):
-            setattr(hardest, name, getattr(self, name)[order])
+        and put back where the bound would not hold."""
         candidates = [edge for edge in self.order(ranking).flip(0).tolist() if mask.view(-1)[edge]]
         for edge in candidates:
             if mask.view(-1)[edge]:  # still there
                 smaller = mask.clone()
                 smaller.view(-1)[edge] = False
                 smaller = self.graph.effective(smaller, self.links)
-                mask = smaller if hardest.fits(smaller, bound) else mask
+                mask = smaller if self.fits(smaller, bound) else mask
         return mask
 
     def circuit(self, mask, **found):
@@ -359,12 +353,14 @@ def scores(circuit, task):
     accuracy = lambda logits: mean((logits.argmax(dim=-1) == answers).all(dim=1))
     m, m_full, m_empty = (mean(logit_difference(x, answers, wrong)) for x in (logits, full, empty))
     effect = {"faithfulness": (m - m_empty) / (m_full - m_empty)} if abs(m_full - m_empty) > 1e-6 else {}
+    pairs = zip(task.clean.split(CHUNK), task.positions.split(CHUNK))
+    n_read = sum(edges_read(circuit, *pair).sum().item() for pair in pairs)
     nodes = {writer for writer, *_ in circuit.edges} | {node_of(reader)[0] for _, reader, *_ in circuit.edges}
     return {
         "edges": len(circuit.edges),
         "heads": sum(node[0] == "a" for node in nodes),
         "mlps": sum(node[0] == "m" for node in nodes),
-        "attention_edges": tokens_read(circuit, task.clean, task.positions),
+        "attention_edges": n_read / len(task.clean),
         "kl": mean(kl_divergence(full, logits)),
         "accuracy": accuracy(logits),
         "preference": mean((logit_difference(logits, answers, wrong) > 0).all(dim=1)),

@@ -71,6 +71,14 @@ class Attention(nn.Module):
         split = (B, T, self.n_head, C // self.n_head)
         return [t.view(split).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)]  # (B, H, T, D) each
 
+    def pattern_and_gate(self, q, k):
+        """The softmax, and the deterministic gates (ones if dense): (B, H, T, T), zero for later keys."""
+        if self.gate is None:
+            pattern = causal_scores(q, k).softmax(dim=-1)
+            return pattern, torch.ones_like(pattern).tril()
+        pattern, log_alpha = attention_pattern(q, k, self.gate_bias)
+        return pattern, self.gate.deterministic(log_alpha)
+
     def forward(self, x, cache=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x)
@@ -212,22 +220,14 @@ class GPT(nn.Module):
 
     def attention(self, idx):
         """AttentionRecord of tokens idx (B, T): every layer's and head's pattern and deterministic gates."""
-        patterns, gates = [], []
+        layers = []
         with evaluating(self):
             x = self.embed(idx)
             for block in self.h:
-                attn = block.attn
-                q, k, _ = attn.qkv(block.ln_1(x))
-                if attn.gate is None:
-                    pattern = causal_scores(q, k).softmax(dim=-1)
-                    z = torch.ones_like(pattern).tril()
-                else:
-                    pattern, log_alpha = attention_pattern(q, k, attn.gate_bias)
-                    z = attn.gate.deterministic(log_alpha)
-                patterns.append(pattern)
-                gates.append(z)
+                q, k, _ = block.attn.qkv(block.ln_1(x))
+                layers.append(block.attn.pattern_and_gate(q, k))
                 x, _ = block(x)
-        return AttentionRecord(torch.stack(patterns), torch.stack(gates))
+        return AttentionRecord(*map(torch.stack, zip(*layers)))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """idx: (B, T) prompt -> (B, T + max_new_tokens). temperature 0 is greedy; top_k: keep so many

@@ -158,11 +158,15 @@ def read_heads(model, data):
     """Cards of all heads that have an open edge on the validation split of `data`, a Dataset, thinned out to
     MOST_PAIRS. Raises UserError for a model without gates."""
     check_gated(model)
-    idx, targets = sequences(model, data)
-    edges, tokens = open_edges(model, idx), idx.cpu().numpy()
+    config = model.config
+    n = max(1, MOST_PAIRS // (config.n_layer * config.n_head * data.sequence_tokens**2))
+    idx, targets = data.cut("val", data.starts("val", n * data.stride))  # (N, T)
+    tokens = idx.cpu().numpy()
+    pieces = [model.attention(x).edges.cpu() for (x,) in batches(model, idx)]
+    edges = torch.cat(pieces, dim=1).transpose(1, 2)  # (L, H, N, T, T) bool
     known = symbols_of(data, idx) if data.is_task else token_groups(data, tokens)  # the same for all heads
     cards = []
-    heads = list(product(range(edges.size(0)), range(edges.size(1))))
+    heads = list(product(range(config.n_layer), range(config.n_head)))
     for layer, head in tqdm(heads, unit="head", leave=False, disable=None):  # None: only on a terminal
         found = edges[layer, head].nonzero().T.numpy()  # (3, n): sequence, query, key
         if not found.size:
@@ -181,23 +185,10 @@ def read_heads(model, data):
     return cards
 
 
-def sequences(model, data):
-    """(idx, targets), both (N, T): the validation split, evenly thinned out to MOST_PAIRS."""
-    config = model.config
-    n = max(1, MOST_PAIRS // (config.n_layer * config.n_head * data.sequence_tokens**2))
-    return data.cut("val", data.starts("val", n * data.stride))
-
-
 def batches(model, *tensors):
     """Pieces of (N, T) tensors, so small that every layer's attention fits in some 100 MB."""
     config, T = model.config, tensors[0].size(1)
     return zip(*(t.split(max(1, 2**24 // (config.n_layer * config.n_head * T * T))) for t in tensors))
-
-
-def open_edges(model, idx):
-    """Which edges are open on idx (N, T): (L, H, N, T, T) bool, on the CPU."""
-    pieces = [model.attention(x).edges.cpu() for (x,) in batches(model, idx)]
-    return torch.cat(pieces, dim=1).transpose(1, 2)
 
 
 def mean_loss(model, idx, targets):

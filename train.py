@@ -31,11 +31,13 @@ from model import GPT, GPTConfig, evaluating
 from support import command_line, ranks
 from support.checkpoints import open_pretrained, save_model
 from support.command_line import UserError, option
-from support.files import make_folder, write_json
+from support.files import write_json
 from support.gated import ATTENTIONS, calibrate_gate_biases, choose_attention
 from support.held_out import HeldOut
 from support.report import evaluate, missed_bound, result_line, summarise, table
 from support.runs import Run, check_folder, code_of, resumed, signals_noted
+
+CODE = code_of("model.py")  # as it was imported: it may be edited while a run trains
 
 
 @dataclass
@@ -247,7 +249,7 @@ def fit(run, phase, model, held_out=None, teacher=None):
             config.head_price, teacher,
         )  # fmt: skip
         run.after_step(step + 1, loss, stats, lr)  # logs, evaluates, saves, and stops if that is wanted
-    trained = {**run.end(), "dataset": run.data.name, "seed": config.seed, "code": code_of("model.py")}
+    trained = {**run.end(), "dataset": run.data.name, "seed": config.seed, "code": CODE}
     if bound is not None:
         trained["training_bound"] = held_out.dense.mean().item() + config.loss_tolerance
         trained["training_loss"] = held_out.losses(model, held_out.starts).mean().item()
@@ -276,7 +278,7 @@ def dense_phase(run, initial):
     model_config = GPTConfig(config.block_size, run.data.meta["vocab_size"], **shape)
     if path.is_file() and not run.saved:
         found = open_pretrained(path)
-        wanted = {"steps": config.pretrain_steps, "seed": config.seed, "code": code_of("model.py")}
+        wanted = {"steps": config.pretrain_steps, "seed": config.seed, "code": CODE}
         is_same = found.tokenizer == run.data.meta and GPTConfig(**found.model_config) == model_config
         if not is_same or any(found.trained_on.get(key) != value for key, value in wanted.items()):
             other = f"{path} is of other data, another model, steps or seed, or another model.py"
@@ -340,7 +342,7 @@ def train(config):
         if not saved:
             check_folder(config)
             ranks.wait()  # before the first one changes the folder
-        run = Run(config, data, device, make_folder(config.out_dir), saved, stop)
+        run = Run(config, data, device, saved, stop)
         print(f"writing to {run.folder}", flush=True)
         models, phases = {}, {}
         models["dense"], phases["dense"] = dense_phase(run, initial)

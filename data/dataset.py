@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from support.command_line import UserError
-from support.files import read_json
+from support.files import damage_named, read_json
 
 EVALUATED = 1 << 20  # tokens of a split that `sequential` takes at most, evenly spread
 
@@ -134,11 +134,9 @@ def read_meta(folder):
             own = f"text PATH --name={folder.name}` or `... examples FILE --name={folder.name}"
             command = MAKE_COMMANDS.get(folder.name, own)
             raise UserError(f"{folder / name} is missing: run `python data/prepare.py {command}`")
-    try:
+    with damage_named(folder / "meta.json", "make the dataset again"):
         meta = read_json(folder / "meta.json")
         n = len(meta["characters"]) if meta["tokenizer"] == "char" else meta["vocab_size"]
-        if meta["tokenizer"] in ("char", "byte", "gpt2") and 0 < meta["vocab_size"] == n <= 65536:
-            return meta
-    except (ValueError, LookupError, TypeError):
-        pass
-    raise UserError(f"{folder / 'meta.json'} is damaged: make the dataset again")
+        if meta["tokenizer"] not in ("char", "byte", "gpt2") or not 0 < meta["vocab_size"] == n <= 65536:
+            raise ValueError("no tokenizer of this project")
+        return meta

@@ -3,7 +3,7 @@ Make a dataset: text or toy examples in, token files out (data/<name>/train.bin,
 
     python data/prepare.py addition                     all 10,000 problems dd+dd=ddd
     python data/prepare.py recall                       a letter's digit, c4a1d7b2a to 1
-    python data/prepare.py shakespeare [--file=PATH]    tiny Shakespeare by characters; else downloads 1.1 MB
+    python data/prepare.py shakespeare                  tiny Shakespeare by characters; downloads 1.1 MB
     python data/prepare.py text PATH... --name=NAME [--tokenizer=gpt2|char|byte]
         any UTF-8 files or folders; with gpt2 every file is a document, and every line {"text": ...}
         of a .jsonl file
@@ -43,11 +43,6 @@ BATCH = 500  # documents tokenised at once
 @dataclass
 class Options:
     data_dir: str = option("data", "where the dataset's folder goes")
-
-
-@dataclass
-class Shakespeare(Options):
-    file: str = option("", "a local copy of the text; empty: download it")
 
 
 @dataclass
@@ -265,7 +260,7 @@ def read_examples(path):
 
 
 COMMANDS = {
-    "addition": Options, "recall": Options, "shakespeare": Shakespeare, "text": Text, "examples": Examples,
+    "addition": Options, "recall": Options, "shakespeare": Options, "text": Text, "examples": Examples,
     "openwebtext": OpenWebText,
 }  # fmt: skip
 
@@ -295,8 +290,8 @@ def main(argv):
     elif command == "openwebtext":
         meta = prepare_openwebtext(options.subsets, options.folder, folder, options.val_fraction)
     else:  # shakespeare
-        text = Path(options.file or folder.with_name("tinyshakespeare.txt"))
-        if not options.file and not text.is_file():
+        text = folder.with_name("tinyshakespeare.txt")
+        if not text.is_file():
             download(SHAKESPEARE, text)
         meta = prepare_text([text], folder, "char", 0.1)
     tokens = f"{meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens"

@@ -29,7 +29,7 @@ from gates import AttentionStats, causal_scores, edge_penalty
 from model import GPT
 from support import command_line, pictures, ranks
 from support.command_line import arguments, option
-from support.files import make_folder, read_json, write_json
+from support.files import read_json, write_json
 from support.held_out import HeldOut
 from support.report import evaluate, read_summaries, result_line
 from support.runs import Run, code_of
@@ -164,7 +164,7 @@ def train_baselines(folder, summary):
     known = train.TrainConfig.__dataclass_fields__.keys() & summary["config"].keys()
     config = train.TrainConfig(**{name: summary["config"][name] for name in known})
     data = Dataset(config.dataset, config.block_size, config.data_dir, ranks.find_device(config.device))
-    out = make_folder(folder / "baselines")
+    out = folder / "baselines"
     dense = GPT.from_pretrained(folder / "dense.pt").to(data.device)
     fraction = summary["edges_hard"]
     T, n_layer = data.sequence_tokens, dense.config.n_layer
@@ -181,7 +181,7 @@ def train_baselines(folder, summary):
             results[name] = read_json(path)
             continue
         print(f"{folder}: {name}, {fraction:.2%} of the edges")
-        run = Run(config, data, data.device, make_folder(out / name), None, [])
+        run = Run(replace(config, out_dir=str(out / name)), data, data.device, None, [])
         if name == "top":
             n_passes = config.sparsify_steps * config.gradient_accumulation_steps
             attends = [Top(fraction, n_layer, n_passes)] * n_layer

@@ -11,7 +11,6 @@ heads, and of all heads, the attention edges per prompt: those that are open, an
 """
 
 import sys
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -21,15 +20,16 @@ import torch
 
 import circuits
 from circuits import CircuitConfig, Problem, circuit_output, kl_divergence, logit_difference, logits_at
-from gates import causal_scores
 from model import evaluating
 from support import command_line, pictures
 from support.command_line import UserError
 from support.files import write_json
-from support.graph import node_of, reading
+from support.graph import edges_read, node_of
 from support.report import side_by_side
 from support.runs import code_of
 
+FILES = "circuits.py", "support/graph.py", "data/tasks.py", "gates.py", "constrained.py", "model.py"
+CODE = code_of("experiments/circuit_curve.py", *FILES)  # of what finds the figures
 EXPLAINED = 0.9
 WAYS = ("edge pruning", "attribution", "random")
 FIGURES = {  # of a way, or of the whole model: what it is, its format
@@ -77,9 +77,8 @@ def attention_edges(circuit, task, bound):
     open: the open edges of queries up to the last answer's. enough: as few of these as change the circuit's
     predictions by a mean KL of at most bound with the others set to zero, by the better of two rankings: how
     much an edge changes the answers' logits (less the mean of all logits), to first order; or its weight."""
-    model, T = circuit.model, task.clean.size(1)
-    problem = Problem(model, *task[:3], circuit.ablation)
-    mask = circuit.mask(T).to(problem.ablated)
+    model, problem = circuit.model, Problem(circuit.model, *task[:3], circuit.ablation)
+    mask = circuit.mask(task.clean.size(1)).to(problem.ablated)
     parts = [slice(i, i + circuits.CHUNK) for i in range(0, len(task.clean), circuits.CHUNK)]
 
     def run(part, factor):
@@ -88,12 +87,9 @@ def attention_edges(circuit, task, bound):
         seen = []  # the weights of the layers so far
 
         def attend(attn, q, k, v):
-            scores = causal_scores(q, k)
-            weights = scores.softmax(dim=-1) * factor[len(seen)]
-            if attn.gate is not None:
-                weights = weights * attn.gate.deterministic(scores + attn.gate_bias[:, None, None])
-            seen.append(weights)
-            return circuits.projected(attn, weights @ v)
+            pattern, z = attn.pattern_and_gate(q, k)
+            seen.append(pattern * z * factor[len(seen)])
+            return circuits.projected(attn, seen[-1] @ v)
 
         clean = task.clean[part]
         z = mask.expand(len(clean), -1, -1, -1)
@@ -102,9 +98,7 @@ def attention_edges(circuit, task, bound):
 
     is_open, whole, rankings = [], [], {"effect": [], "weight": []}
     for part in parts:
-        edges = reading(circuit, task.clean[part])[1]
-        queries = torch.arange(T, device=edges.device) <= task.positions[part].amax(dim=1, keepdim=True)
-        edges &= queries[:, None, :, None]
+        edges = edges_read(circuit, task.clean[part], task.positions[part])
         with torch.enable_grad():
             factor = edges.float().requires_grad_()
             full, weights = run(part, factor)
@@ -162,12 +156,6 @@ def curve(model, searched, scored, config, ways):
     return found, points
 
 
-def code():
-    """A hash of what finds the figures."""
-    files = "circuits.py", "support/graph.py", "data/tasks.py", "gates.py", "constrained.py", "model.py"
-    return code_of("experiments/circuit_curve.py", *files)
-
-
 def main(argv, ways=WAYS):
     config = command_line.parse(CircuitConfig(), argv, __doc__)
     if config.seeds > 1:
@@ -183,8 +171,8 @@ def main(argv, ways=WAYS):
     flat = lambda ways: {(way, key): n for way, figures in ways.items() for key, n in figures.items()}
     columns = {name: flat(ways) for name, ways in found.items()}
     print("\n".join(side_by_side(columns, rows, 37)))
-    of = {"config": asdict(config), "code": code()}
-    write_json({**of, "figures": found, "points": points}, folder / "circuits_curve.json")
+    content = {"argv": argv, "code": CODE, "figures": found, "points": points}
+    write_json(content, folder / "circuits_curve.json")
     print(f"\nwrote {pictures.save(pictures.curve_figure(points), folder / 'circuits_curve.png')}")
 
 

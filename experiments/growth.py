@@ -6,18 +6,17 @@ Does what a circuit gains grow with the model? Circuits of models of several siz
 
 Prints a table, and draws the ratios dense / sparse against the number of heads, with the paper's beside them.
 The figures of a folder are those of circuit_curve.py without the sweep and the random order; where they are
-there, made after these models, with the same settings and the same code, they are read.
+there, made after these models, by the same command and the same code, they are read.
 """
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script that sees the project
 
-from circuits import CircuitConfig
 from experiments import circuit_curve
 from support import command_line, pictures
 from support.command_line import arguments, option
@@ -47,18 +46,15 @@ def figures_of(folder, summary, config):
     """circuit_curve's figures of a folder's two models, {dense, sparse: {way: {figure: number}}}."""
     task = config.task or summary["config"]["dataset"]
     path, models = folder / task / "circuits_curve.json", [folder / "dense.pt", folder / "sparse.pt"]
-    how = asdict(CircuitConfig(bound=config.bound, steps=config.steps, sweep=False))
-    for key in ("task", "dense", "sparse", "data_dir", "out_dir", "device", "sweep"):
-        del how[key]  # where, not how; and what is not shown here
+    argv = [task, f"--dense={models[0]}", f"--sparse={models[1]}", f"--out_dir={path.parent}"]
+    argv += [f"--data_dir={summary['config']['data_dir']}"]
+    argv += [f"--bound={config.bound}", f"--steps={config.steps}", "--no-sweep"]
     found = read_json(path) if path.is_file() else {}
-    is_same = how.items() <= found.get("config", {}).items() and found.get("code") == circuit_curve.code()
+    is_same = (found.get("argv"), found.get("code")) == (argv, circuit_curve.CODE)
     is_newer = lambda model: not model.is_file() or model.stat().st_mtime > path.stat().st_mtime
     if not is_same or any(map(is_newer, models)):
         print(f"{folder}: circuits of {task}", flush=True)
-        files = [f"--dense={models[0]}", f"--sparse={models[1]}", f"--out_dir={path.parent}"]
-        files += [f"--data_dir={summary['config']['data_dir']}"]
-        options = [f"--bound={config.bound}", f"--steps={config.steps}", "--no-sweep"]
-        circuit_curve.main([task, *files, *options], BOTH)
+        circuit_curve.main(argv, BOTH)
     return read_json(path)["figures"]
 
 

@@ -15,8 +15,8 @@ import torch
 
 from support import gpt2_weights, lens_weights
 from support.command_line import UserError
+from support.files import damage_named, read_json, replacing
 from support.files import download as fetch
-from support.files import read_json, replacing
 
 HUB = "https://huggingface.co"
 MODELS = {name: (f"openai-community/{name}", gpt2_weights.SAFETENSORS) for name in gpt2_weights.MODELS}
@@ -85,7 +85,7 @@ def tokens_of(folder, config):
     path, n_tokens = folder / "meta.json", config["vocab_size"] - config["padding"]
     if not path.is_file():
         return {"tokenizer": "gpt2" if n_tokens == 50257 else "unknown", "vocab_size": n_tokens}
-    with gpt2_weights.damage_named(path):
+    with damage_named(path):
         meta = read_json(path)
         config["padding"] = config["vocab_size"] - meta["vocab_size"]
     return meta
@@ -141,14 +141,11 @@ def load_checkpoint(path, format=MODEL):
     if not path.is_file():
         names = ", ".join(MODELS)
         raise UserError(f"there is no checkpoint {path}: train it with train.py, or give one of {names}")
-    try:
+    with damage_named(path, "restore or delete it"):
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not look at the checksums that torch.save writes
                 raise ValueError("a checksum does not fit")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen types for a damaged file
-        kind = type(error).__name__
-        raise UserError(f"{path} is damaged or no PyTorch checkpoint ({kind}): restore or delete it")
     if not isinstance(content, dict) or content.get("format") != format:
         raise UserError(f"{path} is no {format}: give a file that train.py wrote, such as sparse.pt")
     return content

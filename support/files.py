@@ -30,6 +30,15 @@ def read_json(path):
 
 
 @contextmanager
+def damage_named(path, remedy="get it again"):
+    """Within it, any exception means that the file cannot be read: the libraries raise a dozen types."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}): {remedy}")
+
+
+@contextmanager
 def replacing(path):
     """Gives a temporary path beside `path`, and moves what was written there to `path` at the end: whoever
     interrupts it, path holds the old file or the new one. Raises UserError if it cannot be written."""

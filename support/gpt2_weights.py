@@ -9,7 +9,6 @@ once while it loads.
 
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -17,7 +16,7 @@ import safetensors.torch
 import torch
 
 from support.command_line import UserError
-from support.files import make_folder, read_json, replacing, write_json
+from support.files import damage_named, make_folder, read_json, replacing, write_json
 
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
@@ -113,15 +112,6 @@ def stored_tensors(path):
         for name in names:
             with safetensors.safe_open(path, "pt") as file:  # anew: what was read before leaves the memory
                 yield name, file.get_tensor(name)
-
-
-@contextmanager
-def damage_named(path):
-    """Within it, any exception means that the file cannot be read: the libraries raise a dozen types."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path} is damaged or incomplete ({type(error).__name__}): get it again")
 
 
 def with_biases(named_tensors):

@@ -82,9 +82,8 @@ def reading(circuit, idx):
     return record.pattern * record.gate * edges, edges
 
 
-def tokens_read(circuit, idx, positions):
-    """How many tokens the circuit's heads read, up to the last query of positions (N, K): the mean over
-    prompts idx (N, T) of the open attention edges."""
-    queries = torch.arange(idx.size(1), device=idx.device) <= positions.amax(dim=1, keepdim=True)  # (N, T)
-    pairs = zip(idx.split(64), queries.split(64))
-    return sum((reading(circuit, i)[1] & q[:, None, :, None]).sum().item() for i, q in pairs) / len(idx)
+def edges_read(circuit, idx, positions):
+    """The open attention edges of the circuit's heads on prompts idx (B, T), up to the last query of
+    positions (B, K): (L, B, H, T, T) bool."""
+    queries = torch.arange(idx.size(1), device=idx.device) <= positions.amax(dim=1, keepdim=True)  # (B, T)
+    return reading(circuit, idx)[1] & queries[:, None, :, None]

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 from support.command_line import UserError
-from support.files import make_folder, replacing, write_json
-from support.gpt2_weights import OWN, check_settings, damage_named, read_sizes, with_biases
+from support.files import damage_named, make_folder, replacing, write_json
+from support.gpt2_weights import OWN, check_settings, read_sizes, with_biases
 
 NAMES = ("SparseGPT2", "ShortSparseGPT2", "SparseGPT2Finetuned", "SparseTinystories", "DenseTinystories")
 MODELS = tuple(f"ansonisl/{name}" for name in NAMES)  # the authors'

@@ -14,7 +14,7 @@ import torch
 from gates import AttentionStats
 from model import evaluating
 from support.command_line import UserError
-from support.files import read_json
+from support.files import damage_named, read_json
 from support.ranks import device_name
 
 ROWS = {  # figure: (label, format)
@@ -109,12 +109,10 @@ def read_summary(folder):
     path = Path(folder) / "summary.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
-    try:
+    with damage_named(path, "delete it, or give another folder"):
         summary = read_json(path)
         summary["config"]
         return summary
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path} is damaged: delete it, or give another folder")
 
 
 def read_summaries(folders):
@@ -161,5 +159,5 @@ def side_by_side(columns, forms, width, extra=()):
     rows = [("", {name: name for name in columns})]
     for key, (label, form) in forms.items():
         rows.append((label, {name: format(f[key], form) for name, f in columns.items() if key in f}))
-    cells = lambda row: "".join(f"{row.get(name, ''):>12}" for name in columns)
+    cells = lambda row: "".join(f"{row.get(name, ''):>{max(12, len(name) + 2)}}" for name in columns)
     return ["", *(f"{label:{width}}{cells(row)}" for label, row in [*rows, *extra] if row)]

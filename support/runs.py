@@ -19,6 +19,7 @@ from data.tokenizer import tokenizer_of
 from support import pictures, ranks
 from support.checkpoints import RUN, load_checkpoint, save_checkpoint
 from support.command_line import UserError
+from support.files import make_folder
 from support.report import evaluate, progress_line, read_summary, result_line
 
 PHASES = ("dense", "sparse", "control")
@@ -47,7 +48,7 @@ def check_folder(config):
     folder = Path(config.out_dir)
     if (folder / "summary.json").is_file():
         old = read_summary(folder)["config"]
-        new = dataclasses.asdict(config) | {name: old[name] for name in ("resume", "out_dir")}
+        new = dataclasses.asdict(config) | {name: old.get(name) for name in ("resume", "out_dir")}
         different = [name for name in new if old.get(name) != new[name]]
         if different:
             changes = "; ".join(f"{name} was {old.get(name)}, now {new[name]}" for name in different)
@@ -60,15 +61,16 @@ class Run:
     """The folder of a run, and what its phases share. saved: the contents of last.pt when resuming, else
     None; stop: a list that fills once the user wants to stop (signals_noted)."""
 
-    def __init__(self, config, data, device, folder, saved, stop):
-        self.config, self.data, self.device, self.folder = config, data, device, folder
-        self.saved, self.stop, self.log_path = saved, stop, folder / "log.jsonl"
+    def __init__(self, config, data, device, saved, stop):
+        self.config, self.data, self.device, self.saved, self.stop = config, data, device, saved, stop
+        self.folder = make_folder(config.out_dir)
+        self.log_path = self.folder / "log.jsonl"
         self.step_tokens = config.batch_size * config.gradient_accumulation_steps * data.sequence_tokens
         self.phase = None
         # of what device the noise is, beside the CPU
         self.accelerator = {"cuda": torch.cuda, "mps": torch.mps}.get(torch.device(device).type)
         if saved and saved.get("data") != data.meta:
-            other = f"{data.name} is not the data that the run in {folder} began with"
+            other = f"{data.name} is not the data that the run in {self.folder} began with"
             raise UserError(f"{other}: make it again as it was, or start over in another --out_dir")
 
     def autocast(self):

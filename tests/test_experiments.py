@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import model
-from circuits import Circuit, CircuitConfig
+from circuits import Circuit
 from data.dataset import read_meta
 from data.tasks import Task
 from experiments import baselines, carry, circuit_curve, growth, peer, seeds
@@ -53,7 +53,6 @@ def test_the_curve_of_circuits(program, tmp_path, data_dir):
 
 def test_growth_reads_the_figures_that_are_there(program, tmp_path):
     """The table's ratios are those of the folders' circuits; a folder without a run is refused."""
-    how = asdict(CircuitConfig(bound=0.01, sweep=False))
     for n, edges in ((2, 30), (3, 60)):
         folder = tmp_path / f"n{n}"
         (folder / "sums").mkdir(parents=True)
@@ -68,7 +67,9 @@ def test_growth_reads_the_figures_that_are_there(program, tmp_path):
             both[name] = both[name] | {"all edges": {"open": 300.0, "needed": needed}}
         for name in ("dense.pt", "sparse.pt"):
             (folder / name).write_text("")
-        found = {"config": how, "code": circuit_curve.code(), "figures": both}
+        files = [f"--dense={folder}/dense.pt", f"--sparse={folder}/sparse.pt", f"--out_dir={folder}/sums"]
+        argv = ["sums", *files, "--data_dir=nowhere", "--bound=0.01", "--steps=400", "--no-sweep"]
+        found = {"argv": argv, "code": circuit_curve.CODE, "figures": both}
         (folder / "sums" / "circuits_curve.json").write_text(json.dumps(found))
     argv = [f"{tmp_path}/n2", f"{tmp_path}/n3", f"--picture={tmp_path}/growth.png"]
     code, out, err = program(growth.main, *argv)

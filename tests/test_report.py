@@ -6,7 +6,7 @@ import torch
 from data import dataset
 from data.dataset import Dataset
 from model import GPT, GPTConfig
-from support.report import evaluate, table
+from support.report import evaluate, side_by_side, table
 
 
 def test_figures_of_a_part_of_a_split_say_so(data_dir, monkeypatch):
@@ -21,3 +21,9 @@ def test_figures_of_a_part_of_a_split_say_so(data_dir, monkeypatch):
     log_p = model(examples[:, :-1], examples[:, 1:])[0].log_softmax(-1)
     loss = -log_p[:, 3:].gather(-1, examples[:, 4:, None]).mean().item()
     assert result["loss"] == pytest.approx(loss, rel=1e-5) and result["loss"] != whole["loss"]
+
+
+def test_long_names_of_models_stay_apart():
+    names = ["shakespeare_char_1_threads_seed_100", "shakespeare_char_1_threads_seed_101"]
+    _, head, row = side_by_side({name: {"edges": 1} for name in names}, {"edges": ("edges", "d")}, 8)
+    assert head.split() == names and len(head) == len(row)

@@ -20,7 +20,6 @@ from model import GPT, GPTConfig
 from support import command_line, runs
 from support.checkpoints import RUN, load_checkpoint, save_checkpoint, save_model
 from support.command_line import UserError
-from support.files import make_folder
 from support.gated import calibrate_gate_biases
 from support.held_out import HeldOut
 from support.report import evaluate
@@ -135,7 +134,7 @@ def test_the_held_out_loss_is_that_of_the_whole_split_but_for_the_noise_of_the_d
     """Every batch gives the dense model's own mean for the dense model, and nearly the truth for a model that
     differs little; with deterministic gates, and the model's mode stays."""
     data = Dataset("sums", 5, small.data_dir)
-    run = runs.Run(small, data, "cpu", make_folder(tmp_path / "held"), None, [])
+    run = runs.Run(small, data, "cpu", None, [])
     dense = tiny()
     held_out = HeldOut(run, dense)
     mean = evaluate(dense, data, 16)["loss"]
@@ -421,7 +420,7 @@ def test_a_folder_of_another_run_is_refused_and_loses_nothing(small, tmp_path, m
         small = replace(small, seed=4, batch_size=8)
         sentence = r"other settings \(batch_size was 16, now 8; seed was 3, now 4\): give another --out_dir"
     elif what == "model.py":
-        monkeypatch.setattr(train_module, "code_of", lambda *files: "edited")
+        monkeypatch.setattr(train_module, "CODE", "edited")
     elif what == "data":
         monkeypatch.setattr(train_module, "Dataset", lambda *args: with_other_meta(Dataset(*args)))
     with pytest.raises(UserError, match=sentence):
@@ -456,7 +455,6 @@ BAD = [
     (["adition"], "there is no recipe 'adition': choose one of addition, recall, shakespeare"),
     (["addition", "--batchsize=4"], "what is --batchsize? Did you mean --batch_size?"),
     (["addition", "--n_embd=10", "--n_head=4"], "n_embd 10 is not divisible by n_head 4: change"),
-    (["addition", "--pretrain_steps=0"], "--pretrain_steps is 0: give at least 1"),
     (["addition", "--gate=gumbel"], "--gate is 'gumbel': choose one of hard_concrete, bernoulli"),
     (["addition", "--device=gpu"], "--device is 'gpu': choose auto, cpu, cuda, cuda:N"),
     (["addition", "--device=cuda:99"], "--device is cuda:99, but PyTorch sees"),
@@ -467,7 +465,6 @@ BAD = [
     (["addition", "--min_lr=1"], "--min_lr 1.0 is above --learning_rate 0.003: lower it"),
     (["addition", "--seed=99999999999999999999"], "--seed is 99999999999999999999: give less than"),
     (["addition", "--block_size=3"], "block_size is 3, sums has examples of 6: give at least 5"),
-    (["addition", "extra"], "what is extra? See --help"),
     (["addition", "--attention=fused"], "--attention is fused, which needs a CUDA device, and this is cpu"),
 ]
 
@@ -499,7 +496,7 @@ def test_nothing_to_resume_and_a_damaged_last_pt(small, tmp_path):
 def test_a_damaged_summary_is_one_sentence(small, tmp_path, content):
     Path(small.out_dir).mkdir()
     (tmp_path / "run" / "summary.json").write_text(content)
-    with pytest.raises(UserError, match="summary.json is damaged: delete it, or give another folder"):
+    with pytest.raises(UserError, match="summary.json is damaged .*: delete it, or give another folder"):
         train(small)
 
 
