@@ -474,6 +474,8 @@ WRONG = [
         "there is no task 'nothing': choose one of induction, carry, last_digit, ",
     ),
     ([], "give one task, such as addition: 0 were given"),
+    (["sums", "--ablation=noise"], "--ablation is 'noise': choose one of corrupted, mean, zero"),
+    (["sums", "--bound=0"], "--bound is 0.0: give more than 0"),
     (["sums", "--data={}/none.jsonl"], "cannot read"),
     (["ioi"], "the model does not know"),
 ]

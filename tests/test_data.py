@@ -253,12 +253,13 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
             Dataset(name, 8, tmp_path)
 
 
+META = "meta.json is damaged or incomplete .*: make the dataset again"
 DAMAGED = [
     ("val.bin", bytes(62), "val.bin does not hold the 50 tokens of meta.json: make the dataset again"),
     ("val.bin", bytes(101), "val.bin does not hold the 50 tokens of meta.json: make the dataset again"),
     ("val.bin", b"\xff\x00" * 50, "val.bin of mine holds token 255, and vocab_size is 12: make the dataset"),
-    ("meta.json", b"{", "meta.json is damaged .*: make the dataset"),
-    ("meta.json", b'{"vocab_size": 9, "tokenizer": "char"}', "meta.json is damaged .*: make the dataset"),
+    ("meta.json", b"{", META),
+    ("meta.json", b'{"vocab_size": 9, "tokenizer": "char"}', META),
 ]
 
 

@@ -276,9 +276,15 @@ def test_the_docs_code_opens_our_model_in_transformer_lens_4(monkeypatch, from_d
     "fields, words",
     [
         (dict(act_fn="gelu"), "act_fn 'gelu', GPT-2 has 'gelu_new'"),
+        (dict(normalization_type="RMS"), "normalization_type 'RMS', GPT-2 has 'LN'"),
         (dict(normalization_type=None), "normalization_type None, GPT-2 has 'LN'"),
+        (dict(positional_embedding_type="rotary"), "positional_embedding_type 'rotary', GPT-2 has 'st"),
+        (dict(attention_dir="bidirectional"), "attention_dir 'bidirectional'"),
         (dict(attn_scale=1.0), "attn_scale 1.0"),
+        (dict(eps=1e-6), "eps 1e-06"),
+        (dict(parallel_attn_mlp=True), "parallel_attn_mlp True"),
         (dict(d_mlp=99), "d_mlp 99, GPT-2 has 64"),
+        (dict(n_heads=3), "n_heads 3, GPT-2 has 2"),
         (dict(d_head=3), "d_head 3, which does not divide d_model 16"),
         (dict(d_head=0), "d_head 0, which does not divide d_model 16"),
         (dict(d_model="wide"), "config.json is damaged"),
@@ -297,7 +303,11 @@ def test_another_model_is_one_sentence(tmp_path, fields, words):
     "name, shape, words",
     [
         ("blocks.1.mlp.b_in", None, "its tensor blocks.1.mlp.b_in is missing"),
+        ("unembed.W_U", None, "its tensor unembed.W_U is missing"),
+        ("embed.W_E", None, "its tensor embed.W_E is missing"),
+        ("blocks.0.ln1.w", None, "its tensor blocks.0.ln1.w is missing"),
         ("blocks.0.mlp.W_gate", (16, 64), "there is no place for its tensor blocks.0.mlp.W_gate"),
+        ("transformer.wte.weight", (31, 16), "there is no place for its tensor transformer.wte.weight"),
         ("blocks.0.attn.W_K", (1, 16, 8), r"W_K of shape \(1, 16, 8\), the model needs \(2, 16, 8\)"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 
 from gates import HardConcrete
 from model import GPT, GPTConfig, evaluating
-from support.checkpoints import load_checkpoint, save_model
+from support.checkpoints import load_checkpoint, save_checkpoint, save_model
 from support.command_line import UserError
 from support.files import replacing
 
@@ -233,6 +233,20 @@ def test_an_altered_checkpoint_is_named_or_unharmed(tmp_path, seed):
         assert seed % 4, "the end is gone"
         assert all(torch.equal(p, loaded["model"][name]) for name, p in model.state_dict().items())
         assert loaded["model_config"] == asdict(model.config)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
+    path = tmp_path / "model.pt"
+    save_model(tiny(), path, {}, {})
+    saved = load_checkpoint(path)
+    wrong = {
+        r"wte.weight of shape \(13, 8\), the model needs \(13, 16\)": {"model_config": {"n_embd": 16}},
+        "a setting gate_rank of another version": {"model_config": {"gate_rank": 16}},
+    }
+    for sentence, change in wrong.items():
+        save_checkpoint(saved | {key: saved[key] | values for key, values in change.items()}, path)
+        with pytest.raises(UserError, match=sentence):
+            GPT.from_pretrained(path)
 
 
 def test_impossible_shapes_are_explained():

@@ -85,6 +85,7 @@ BAD = [
     (["{}/sparse.pt", "--heads", "--compare={}/sparse.pt", "--plot=a.png"], "draws one model: leave"),
     (["{}/dense.pt", "--heads", "--dataset=sums"], "run `python data/prepare.py"),
     (["{}/sparse.pt", "--eval_only", "--dataset=none"], "run `python data/prepare.py text PATH --name=none`"),
+    (["{}/sparse.pt", "--temperature=-1"], "--temperature is -1.0: give at least 0"),
     (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/text.pt"], "know different tokens: compare"),
     (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/deep.pt"], "deep.pt has n_layer 3"),
     (["{}/sparse.pt", "--prompt=4+5=", "--compare={}/long.pt"], "long.pt has block_size 9"),

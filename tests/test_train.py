@@ -455,6 +455,7 @@ BAD = [
     (["adition"], "there is no recipe 'adition': choose one of addition, recall, shakespeare"),
     (["addition", "--batchsize=4"], "what is --batchsize? Did you mean --batch_size?"),
     (["addition", "--n_embd=10", "--n_head=4"], "n_embd 10 is not divisible by n_head 4: change"),
+    (["addition", "--pretrain_steps=0"], "--pretrain_steps is 0: give at least 1"),
     (["addition", "--gate=gumbel"], "--gate is 'gumbel': choose one of hard_concrete, bernoulli"),
     (["addition", "--device=gpu"], "--device is 'gpu': choose auto, cpu, cuda, cuda:N"),
     (["addition", "--device=cuda:99"], "--device is cuda:99, but PyTorch sees"),
@@ -465,6 +466,7 @@ BAD = [
     (["addition", "--min_lr=1"], "--min_lr 1.0 is above --learning_rate 0.003: lower it"),
     (["addition", "--seed=99999999999999999999"], "--seed is 99999999999999999999: give less than"),
     (["addition", "--block_size=3"], "block_size is 3, sums has examples of 6: give at least 5"),
+    (["addition", "extra"], "what is extra? See --help"),
     (["addition", "--attention=fused"], "--attention is fused, which needs a CUDA device, and this is cpu"),
 ]
 
@@ -496,7 +498,8 @@ def test_nothing_to_resume_and_a_damaged_last_pt(small, tmp_path):
 def test_a_damaged_summary_is_one_sentence(small, tmp_path, content):
     Path(small.out_dir).mkdir()
     (tmp_path / "run" / "summary.json").write_text(content)
-    with pytest.raises(UserError, match="summary.json is damaged .*: delete it, or give another folder"):
+    sentence = "summary.json is damaged or incomplete .*: delete it, or give another folder"
+    with pytest.raises(UserError, match=sentence):
         train(small)
 
 
