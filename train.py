@@ -4,7 +4,8 @@ Train a small GPT, then make its attention sparse at its own loss.
     python train.py addition                    two-digit addition on a laptop, a few minutes
     python train.py recall                      which digit followed this letter? A few minutes
     python train.py shakespeare_char            nanoGPT's CPU-sized character model
-    python train.py novels_char                 the same size on text that is too long to memorise
+    python train.py shakespeare_8x8             8 layers of 8 heads, with a price per head, two hours
+    python train.py novels_char                 the first size on text that is too long to memorise
     python train.py shakespeare_char_gpu        nanoGPT's full-size character model, one GPU
     python train.py gpt2                        the weights of GPT-2 (124M), post-trained on OpenWebText
     torchrun --standalone --nproc_per_node=4 train.py gpt2
@@ -109,6 +110,10 @@ GPT2 = TrainConfig(
     min_lr=1e-5, beta2=0.95, dtype="bfloat16", compile=True,
 )  # fmt: skip
 LARGER = replace(GPT2, batch_size=4, gradient_accumulation_steps=48)
+SHAKESPEARE = TrainConfig(
+    loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=4500,
+    sparsify_steps=10_000, sparsify_learning_rate=1e-3, distill=True, control=False,
+)  # fmt: skip
 RECIPES = {
     "addition": TrainConfig(
         dataset="addition", n_embd=64, block_size=8, batch_size=128, loss_tolerance=0.002,
@@ -118,10 +123,8 @@ RECIPES = {
         dataset="recall", n_embd=64, block_size=9, batch_size=128, multiplier_max=40.0,
         pretrain_steps=500, sparsify_steps=2000, control=False,
     ),  # fmt: skip
-    "shakespeare_char": TrainConfig(
-        loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=4500,
-        sparsify_steps=10_000, sparsify_learning_rate=1e-3, distill=True, control=False,
-    ),  # fmt: skip
+    "shakespeare_char": SHAKESPEARE,
+    "shakespeare_8x8": replace(SHAKESPEARE, n_layer=8, n_head=8, head_price=0.2, multiplier_max=600.0),
     "novels_char": TrainConfig(
         dataset="novels_char", loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0,
         pretrain_steps=12_000, sparsify_steps=12_000, sparsify_learning_rate=1e-3,

@@ -21,7 +21,7 @@ from experiments import circuit_curve
 from support import command_line, pictures
 from support.command_line import arguments, option
 from support.files import read_json
-from support.report import read_summaries, side_by_side
+from support.report import open_heads, read_summaries, side_by_side
 
 BOTH = ("edge pruning", "attribution")
 MEASURES = {  # as in circuit_curve: what is counted, and the rankings, of which the better counts
@@ -61,13 +61,12 @@ def figures_of(folder, summary, config):
 def column_of(folder, summary, config):
     """One model's column of the table, and its number of heads."""
     found = figures_of(folder, summary, config)
-    column, heads = dict(summary), sum(summary["edges_per_head"], [])
-    column["alive"] = sum(fraction > 0 for fraction in heads)
+    column = summary | {"heads": open_heads(summary)}
     for measure, (figure, ways) in MEASURES.items():
         dense, sparse = (min(found[name][way][figure] for way in ways) for name in ("dense", "sparse"))
         column |= {f"{measure}, dense": dense, f"{measure}, sparse": sparse}
         column[f"{measure}, ratio"] = dense / sparse if sparse else math.nan
-    return column, len(heads)
+    return column, sum(map(len, summary["edges_per_head"]))
 
 
 def main(argv):
@@ -79,7 +78,7 @@ def main(argv):
         for measure in MEASURES:
             ratios[measure].append((n_heads, column[f"{measure}, ratio"]))
     rows = {"dense_loss": ("dense loss, nats", ".4f"), "sparse_loss": ("sparse loss, nats", ".4f")}
-    rows |= {"edges_hard": ("hard edges", ".2%"), "alive": ("heads with an open edge", ",d")}
+    rows |= {"edges_hard": ("hard edges", ".2%"), "heads": ("heads with an open edge", ",d")}
     for measure, (name, form) in product(MEASURES, (("dense", ",.0f"), ("sparse", ",.0f"), ("ratio", ".1f"))):
         rows[f"{measure}, {name}"] = f"{measure}, {name}", form
     print("\n".join(side_by_side(columns, rows, 36)))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))  # a script that sees the project
 
 from support import command_line
 from support.command_line import UserError, arguments, option
-from support.report import read_summary, side_by_side
+from support.report import open_heads, read_summary, side_by_side
 
 COLUMNS = {  # of the table, from summary.json
     "dense": ("dense_loss", "{:.4f}"),
@@ -30,6 +30,7 @@ COLUMNS = {  # of the table, from summary.json
     "sparse": ("sparse_loss", "{:.4f}"),
     "accuracy": ("sparse_accuracy", "{:.2%}"),
     "hard edges": ("edges_hard", "{:.2%}"),
+    "heads": ("heads", "{:.0f}"),  # with an open edge; where they have a price
     "seconds": ("seconds", "{:.0f}"),
 }
 
@@ -68,6 +69,8 @@ def table(summaries):
     """A row per run, then the median, the lowest and the highest of every column, and how many runs are
     within their bound."""
     runs = [summary | {"seconds": sum(summary["seconds"].values())} for summary in summaries]
+    if summaries[0]["config"]["head_price"]:
+        runs = [run | {"heads": open_heads(run)} for run in runs]
     columns = {name: column for name, column in COLUMNS.items() if column[0] in runs[0]}
     of = lambda pick: {name: form.format(pick(key)) for name, (key, form) in columns.items()}
     rows = [(f"seed {run['config']['seed']}", of(run.get)) for run in runs]

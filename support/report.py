@@ -115,6 +115,11 @@ def read_summary(folder):
         return summary
 
 
+def open_heads(summary):
+    """How many heads have an open edge, of summary.json."""
+    return sum(fraction > 0 for layer in summary["edges_per_head"] for fraction in layer)
+
+
 def read_summaries(folders):
     """{Path: contents of summary.json} of runs. Raises UserError also where two folders have one name."""
     summaries = {Path(folder): read_summary(folder) for folder in folders}

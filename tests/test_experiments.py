@@ -154,11 +154,12 @@ def test_the_low_rank_gates_of_the_docs(monkeypatch):
 @pytest.mark.slow
 def test_seeds_trains_what_is_missing_and_shows_the_median(program, tmp_path, data_dir):
     sizes = "--n_layer=1 --n_head=2 --n_embd=8 --block_size=5 --pretrain_steps=2 --sparsify_steps=2"
-    options = f"--dataset=sums --data_dir={data_dir} --device=cpu {sizes}"
+    options = f"--dataset=sums --data_dir={data_dir} --device=cpu --head_price=0.1 {sizes}"
     argv = ["addition", "--seeds=3", "--threads=1", f"--options={options}", f"--out_dir={tmp_path}"]
     code, out, err = program(seeds.main, *argv)
     assert code == 0 and out.count("is done") == 3, err
     rows = {words[0]: words[1:] for words in map(str.split, out.splitlines()) if words}
+    assert rows["highest"][5] in ("0", "1", "2"), "heads with an open edge, as they have a price"
     losses = sorted(float(line.split()[4]) for line in out.splitlines() if line.startswith("seed "))
     assert [rows[name][2] for name in ("lowest", "median", "highest")] == [f"{loss:.4f}" for loss in losses]
     code, out, err = program(seeds.main, *argv)
