@@ -103,8 +103,8 @@ def ablated_writers(model, corrupted, ablation):
 
 
 def mixed(z, delta):
-    """sum_w z_rw * delta_w of the writers so far. z: (B, R', n, P), delta: (B, n, T, C) -> (B, R', T, C).
-    P may be 1: einsum repeats it over the positions."""
+    """sum_w z_rw * delta_w of the n writers so far, for R' readers. z: (B, R', n, P), delta: (B, n, T, C) ->
+    (B, R', T, C). P may be 1: einsum repeats it over the positions."""
     return torch.einsum("brwt,bwtc->brtc", z, delta)
 
 
@@ -115,22 +115,21 @@ def circuit_output(model, idx, z, ablated, attend=head_outputs):
     A reader gets sum_w z_rw circuit_w + (1 - z_rw) ablated_w, which is what closed edges deliver, sum_w
     ablated_w, plus sum_w z_rw (circuit_w - ablated_w): `base` and the mix of `delta`, both of the writers so
     far."""
-    H, row = model.config.n_head, 0
+    H = model.config.n_head
     base = ablated[:, :1]
     delta = model.embed(idx)[:, None] - base  # (B, n, T, C)
-    for block in model.h:
-        attn, n = block.attn, delta.size(1)
-        heads_ablated, mlp_ablated = ablated[:, n : n + H], ablated[:, n + H : n + H + 1]
-        h = block.ln_1(base + mixed(z[:, row : row + 3 * H, :n], delta))  # (B, 3H, T, C), each reader its own
+    for block, (r, w) in zip(model.h, graph_of(model).layers):  # this layer's first reader and writer
+        attn, mlp_r, mlp_w = block.attn, r + 3 * H, w + H
+        heads_ablated, mlp_ablated = ablated[:, w:mlp_w], ablated[:, mlp_w : mlp_w + 1]
+        h = block.ln_1(base + mixed(z[:, r:mlp_r, :w], delta))  # (B, 3H, T, C), each reader its own
         qkv = torch.einsum("brtc,rdc->brtd", h, attn.c_attn.weight.unflatten(0, (3 * H, -1)))
         if attn.c_attn.bias is not None:
             qkv = qkv + attn.c_attn.bias.view(3 * H, 1, -1)
         delta = torch.cat([delta, attend(attn, *qkv.split(H, dim=1)) - heads_ablated], dim=1)
         base = base + heads_ablated.sum(dim=1, keepdim=True)
-        mlp = block.mlp(block.ln_2(base + mixed(z[:, row + 3 * H : row + 3 * H + 1, : n + H], delta)))
+        mlp = block.mlp(block.ln_2(base + mixed(z[:, mlp_r : mlp_r + 1, :mlp_w], delta)))
         delta, base = torch.cat([delta, mlp - mlp_ablated], dim=1), base + mlp_ablated
-        row += 3 * H + 1
-    return (base + mixed(z[:, row:], delta))[:, 0]
+    return (base + mixed(z[:, -1:], delta))[:, 0]
 
 
 def logits_at(model, x, positions):
@@ -150,8 +149,8 @@ def kl_divergence(full, circuit):
 
 @dataclass
 class Circuit:
-    """A set of edges of a model. edges: (writer, reader) names, or (writer, reader, position), effective
-    ones only; found: how it was found, plain values."""
+    """A set of edges of a model. edges: (writer, reader) names, or (writer, reader, position), all on a path
+    from the embedding to the logits; found: how it was found, plain values."""
 
     model: torch.nn.Module
     edges: set
@@ -209,8 +208,8 @@ class Problem:
         self.links = alive.cpu()[:, :, None, None].expand(-1, -1, P, P).tril()  # (L, H, P, P)
         candidates = self.graph.edges[:, :, None].repeat(1, 1, P)
         if by_position:
-            candidates[-1] &= torch.isin(torch.arange(P), self.positions.cpu())
-        # the others change nothing; with the ablations mean and zero they may, a little
+            candidates[-1] &= torch.isin(torch.arange(P), self.positions.cpu())  # logits: only at answers
+        # edges that are no candidates change nothing; with the ablations mean and zero they may, a little
         self.candidates = self.graph.effective(candidates, self.links)
 
     def logits(self, mask):
@@ -243,7 +242,8 @@ class Problem:
     def short_prefix(self, ranking, is_enough):
         """By bisection: of the highest ranked candidates as few as is_enough(mask) takes, and of these the
         effective ones. All candidates where no prefix is."""
-        order, shortest, low, high = self.order(ranking), self.candidates, -1, int(self.candidates.sum())
+        order, shortest = self.order(ranking), self.candidates
+        low, high = -1, int(self.candidates.sum())  # the first low are too few, the first high enough
         while high - low > 1:
             middle = (low + high) // 2
             mask = torch.zeros(ranking.numel(), dtype=torch.bool)
@@ -278,35 +278,35 @@ def search(problem, bound, steps, seed, batch_size):
 
     All edges start at log_alpha 3, where a gate is below 1 in a fifth of the draws. Gates are drawn for every
     example, not once per batch: that takes most of the noise out of the KL. The rest of the noise makes the
-    sampled KL too large, so the multiplier follows the KL of the deterministic circuit. The loss is the KL in
-    bounds, the cost a sum over edges; the price of a bound starts at the number of edges, so that those that
-    do not matter close first. The multiplier holds 0.7 bounds, as other examples have a larger KL. Adam
-    forgets squared gradients within some twenty steps (beta2 0.95), since the KL of a circuit that fails is
-    hundreds of times the bound. The learning rate falls from 0.1 to 0.01."""
+    sampled KL too large, so the multiplier follows the KL of the deterministic circuit. The loss is KL /
+    bound, the cost the sum of edge_penalty. The multiplier starts at the number of edges, so that edges that
+    do not matter close first, and aims at KL / bound = 0.7, as other examples have a larger KL. Adam forgets
+    squared gradients within some twenty steps (beta2 0.95), since the KL of a circuit that fails is hundreds
+    of times the bound. The learning rate falls from 0.1 to 0.01."""
     model, device = problem.model, problem.full.device
     generator = torch.Generator(device).manual_seed(seed)
     gate, candidates = GATES["hard_concrete"](), problem.candidates.to(device)
     log_alpha = torch.full(candidates.shape, 3.0, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([log_alpha], betas=(0.9, 0.95))
     n = max(1, int(candidates.sum()))
-    constraint = LossBound(0.7, 1.0, 0.05, decay=0.9, smallest=0.01, largest=n)  # on KL / bound
-    everything = (problem.clean, problem.ablated, problem.positions, problem.full)
+    constraint = LossBound(0.7, scale=1.0, rate=0.05, decay=0.9, smallest=0.01, largest=n)
+
+    def loss_of(z, rows):
+        """KL / bound of the circuits z (B, R, W, P) on examples rows (B,)."""
+        x = circuit_output(model, problem.clean[rows], z * candidates, problem.ablated[rows])
+        logits = logits_at(model, x, problem.positions[rows])
+        return kl_divergence(problem.full[rows], logits).mean() / bound
+
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.1 * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         rows = torch.randint(len(problem.clean), (batch_size,), generator=generator, device=device)
-        clean, ablated, positions, full = (t[rows] for t in everything)
-
-        def loss_of(z):
-            x = circuit_output(model, clean, z * candidates, ablated)
-            return kl_divergence(full, logits_at(model, x, positions)).mean() / bound
-
         u = torch.rand(batch_size, *candidates.shape, generator=generator, device=device)
         with torch.enable_grad():
             cost = edge_penalty(gate, log_alpha)[candidates].sum()
-            objective = constraint.lagrangian(cost, loss_of(gate.sample(log_alpha.expand_as(u), u)))
+            objective = constraint.lagrangian(cost, loss_of(gate.sample(log_alpha.expand_as(u), u), rows))
             (log_alpha.grad,) = torch.autograd.grad(objective, log_alpha)
         optimizer.step()
-        constraint.update(loss_of(gate.deterministic(log_alpha).sign().expand_as(u)).item())
+        constraint.update(loss_of(gate.deterministic(log_alpha).sign().expand_as(u), rows).item())
     return log_alpha.detach()
 
 

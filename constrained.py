@@ -11,9 +11,9 @@ while the loss is too high and shrinks while there is slack. At rest the loss si
 price is the exact one that holds it there. (The model may descend on a noisy or differentiable stand-in, as
 here with sampled gates; `update` is given the loss that the bound is meant for.)
 
-What it promises: if the model can meet the bound, and the gradient of the loss reaches what has to change,
-the loss ends on the bound or below it. No price helps where the bound is out of reach, or where the gradient
-is zero: a gate that is shut for good feels none. So the price starts high and comes down step by step.
+What to expect: if the model can meet the bound at a price that the multiplier may reach, and has the steps to
+do it, the loss ends near the bound or below it. No price helps where the gradient of the loss is zero: a gate
+that is shut for good feels none. So the price starts high and comes down step by step.
 
 Nothing here knows of attention: cost and loss are any two scalars.
 """

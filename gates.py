@@ -42,7 +42,7 @@ class HardConcrete:
         return self.stretch(torch.sigmoid((torch.logit(u) + log_alpha) / self.beta))
 
     def deterministic(self, log_alpha):
-        """The gate in evaluation: no noise, no temperature, and zero up to the cutoff; open above zero."""
+        """The gate in evaluation: no noise, no temperature; zero up to the cutoff. Open means above zero."""
         return F.threshold(self.stretch(torch.sigmoid(log_alpha)), self.cutoff, 0.0)
 
     def open_probability(self, log_alpha):
@@ -82,14 +82,14 @@ def edge_penalty(gate, log_alpha):
     return gate.open_probability(log_alpha) + F.softplus(log_alpha)
 
 
-def head_penalty(edges, price, scale=0.003):
-    """What a head costs whose edges cost `edges` on average: edges + price * log(1 + edges / scale). Same
-    shape as edges; with a price of 0 the paper's mean over edges.
+def head_penalty(cost, price, scale=0.003):
+    """What a head costs whose edges cost `cost` on average: cost + price * log(1 + cost / scale). Same shape
+    as cost.
 
     The logarithm is ours (a log-sum penalty: Candes, Wakin, Boyd 2008, arXiv 0711.1612): where few edges are
     open, one more costs most. So what two heads do with a few edges each moves into one of them, and the
     other closes as a whole."""
-    return edges + price * torch.log1p(edges / scale)
+    return cost + price * torch.log1p(cost / scale)
 
 
 class AttentionStats(NamedTuple):

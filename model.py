@@ -84,13 +84,15 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x)
         if cache is not None:  # generation: {this module: (keys, values) of the positions before x}
             if self in cache:
-                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache[self], (k, v)))
+                past_k, past_v = cache[self]
+                k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
             cache[self] = k, v
         if self.gate is not None:  # no dropout on gated attention: the gates' noise takes its place
             attend = self.attend if cache is None else gated_attention
             y, stats = attend(q, k, v, self.gate_bias, self.gate, self.training)
         else:
-            dropout, past = self.dropout if self.training else 0.0, k.size(2) - T
+            dropout = self.dropout if self.training else 0.0
+            past = k.size(2) - T
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=not past)
             one, zero = torch.ones(self.n_head, device=x.device), torch.zeros(self.n_head, device=x.device)
@@ -148,8 +150,8 @@ def evaluating(model):
 
 
 class GPT(nn.Module):
-    """Parameter names and shapes are those of GPT-2's checkpoints; linear weights are (out, in), as
-    PyTorch's."""
+    """Parameters have the names and shapes of GPT-2's checkpoints, but linear weights are (out, in), as in
+    PyTorch."""
 
     def __init__(self, config):
         super().__init__()

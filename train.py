@@ -5,7 +5,7 @@ Train a small GPT, then make its attention sparse at its own loss.
     python train.py recall                      which digit followed this letter? A few minutes
     python train.py shakespeare_char            nanoGPT's CPU-sized character model
     python train.py shakespeare_8x8             8 layers of 8 heads, with a price per head, two hours
-    python train.py novels_char                 the first size on text that is too long to memorise
+    python train.py novels_char                 the size of shakespeare_char on ten novels, an hour
     python train.py shakespeare_char_gpu        nanoGPT's full-size character model, one GPU
     python train.py gpt2                        the weights of GPT-2 (124M), post-trained on OpenWebText
     torchrun --standalone --nproc_per_node=4 train.py gpt2
@@ -13,9 +13,9 @@ Train a small GPT, then make its attention sparse at its own loss.
     python train.py addition --resume           go on after Ctrl-C, with the settings of then
     python train.py --help                      every field and its default (without a recipe: addition's)
 
-Three phases, each a call of `fit`, each ending in a file of out_dir: `dense` (pretraining), `sparse`
-(post-training: as few attention edges as possible while the loss stays at the dense model's), `control` (the
-dense model trained for the same extra steps, because post-training also trains).
+Up to three phases, each ending in a file of out_dir: `dense` (pretraining, or the model of --init_from),
+`sparse` (post-training: as few attention edges as possible while the loss stays at the dense model's), and of
+some recipes `control` (the dense model trained for the same extra steps, because post-training also trains).
 """
 
 import copy
@@ -60,9 +60,9 @@ class TrainConfig:
     gate: str = option("hard_concrete", "distribution of the gates", choices=tuple(GATES))
     gate_bias: float = option(5.0, "where gates' biases start; auto: so that edges are open", word="auto")
     distill: bool = option(False, "learn the dense model's predictions in the sparse phase, not the text")
-    head_price: float = option(0.0, "of a head with open edges, on top of theirs; 0: the paper", at_least=0)
+    head_price: float = option(0.0, "of a head with open edges, besides theirs; see head_penalty", at_least=0)
     loss_tolerance: float = option(0.01, "bound = the dense model's loss + this, nats", at_least=0)
-    loss_allowance: float = option(0.05, "of the loss on top at first, nats; falls to 0", at_least=0)
+    loss_allowance: float = option(0.05, "what the bound has on top at first, nats; falls to 0", at_least=0)
     multiplier_max: float = option(20.0, "where the multiplier starts, and its maximum", above=0.001)
     multiplier_rate: float = option(0.01, "how far log(multiplier) moves per step at most", above=0)
     multiplier_scale: float = option(0.01, "violation of the bound that moves it that far, nats", above=0)
@@ -111,8 +111,8 @@ GPT2 = TrainConfig(
 )  # fmt: skip
 LARGER = replace(GPT2, batch_size=4, gradient_accumulation_steps=48)
 SHAKESPEARE = TrainConfig(
-    loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0, pretrain_steps=4500,
-    sparsify_steps=10_000, sparsify_learning_rate=1e-3, distill=True, control=False,
+    dataset="shakespeare_char", loss_tolerance=0.005, loss_allowance=0.15, multiplier_max=50.0,
+    pretrain_steps=4500, sparsify_steps=10_000, sparsify_learning_rate=1e-3, distill=True, control=False,
 )  # fmt: skip
 RECIPES = {
     "addition": TrainConfig(
@@ -130,9 +130,9 @@ RECIPES = {
         pretrain_steps=12_000, sparsify_steps=12_000, sparsify_learning_rate=1e-3,
     ),  # fmt: skip
     "shakespeare_char_gpu": TrainConfig(
-        n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
-        pretrain_steps=5000, sparsify_steps=10_000, learning_rate=1e-3, sparsify_learning_rate=1e-3,
-        gate_learning_rate=1e-2, min_lr=1e-4, dtype="bfloat16", compile=True,
+        dataset="shakespeare_char", n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64,
+        dropout=0.2, pretrain_steps=5000, sparsify_steps=10_000, learning_rate=1e-3,
+        sparsify_learning_rate=1e-3, gate_learning_rate=1e-2, min_lr=1e-4, dtype="bfloat16", compile=True,
     ),  # fmt: skip
     "gpt2": GPT2,
     "gpt2-medium": replace(LARGER, init_from="gpt2-medium"),
@@ -176,9 +176,7 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if bound is not None:
-        # the model descends on the loss with sampled gates; the bound is on what is reported: deterministic
-        # gates, held-out data
-        bound.update(held_out_loss)  # the multiplier rises under violation, falls under slack
+        bound.update(held_out_loss)  # not the loss above: with deterministic gates, on held-out data
     return total, stats
 
 
@@ -226,10 +224,11 @@ def fit(run, phase, model, held_out=None, teacher=None):
     """Train model in a phase, from its first step or from where last.pt left it, and write <phase>.pt. With
     held_out, a HeldOut, under the bound on its loss; teacher: as in training_step. Returns the model, in eval
     mode, and how it was trained."""
-    config, steps, weight_decay = run.config, run.config.pretrain_steps, run.config.weight_decay
+    config = run.config
+    steps, weight_decay = config.pretrain_steps, config.weight_decay
     if phase != "dense":
-        config = replace(config, learning_rate=config.sparsify_learning_rate)
         steps, weight_decay = config.sparsify_steps, 0.0
+        config = replace(config, learning_rate=config.sparsify_learning_rate)
     bound = None if held_out is None else loss_bound(held_out, config)
     optimizer = make_optimizer(model, config, weight_decay)
     generator = torch.Generator().manual_seed(config.seed + 1)  # of the batches
@@ -335,7 +334,8 @@ def train(config):
             config = replace(config, **initial.dense_shape(config.block_size))
         command_line.check(config)
         if config.attention == "fused":  # before the dense phase: raises UserError where it does not work
-            small = GPTConfig(1, 1, 1, config.n_head, config.n_embd, gate=config.gate)
+            shape = {"n_layer": 1, "n_head": config.n_head, "n_embd": config.n_embd, "gate": config.gate}
+            small = GPTConfig(block_size=1, vocab_size=1, **shape)
             choose_attention(GPT(small).to(device), config.attention)
         data = Dataset(config.dataset, config.block_size, config.data_dir, device)
         if config.distill and data.is_task:
