@@ -2,7 +2,7 @@
 # make test      run the tests
 # make test-all  those that take minutes, too
 # make gpu       what needs a GPU: the kernels' tests, bench.py, 300 steps of two recipes (TEXT=FILE: on it)
-# make figures   draw every picture of docs/ again, after training what they show (but the texts)
+# make figures   draw every picture of docs/ again, after training what they show (of texts only baselines)
 # make .venv     only install what these need
 # make clean     remove the demo's results (not .venv, not other runs)
 
@@ -11,7 +11,7 @@ PY = .venv/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 OUT = out/addition
 SHORT = --dataset=gpu --pretrain_steps=300 --sparsify_steps=300 --no-control
-NOVELS = $(firstword $(wildcard out/seeds/novels_char_*_seed_100))
+NOVELS = $(firstword $(wildcard out/seeds/novels_char_?_threads_seed_100))
 PLAYS = $(firstword $(wildcard out/seeds/shakespeare_char_?_threads_seed_100))
 PLAYS_8x8 = $(firstword $(wildcard out/seeds/shakespeare_8x8_?_threads_seed_100))
 SIZES = $(wildcard out/novels_2 out/novels_4 out/novels_8)

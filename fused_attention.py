@@ -141,9 +141,9 @@ def edge_gradients(
     p = tl.exp2(tl.minimum(score - lse, 0.0))  # another order of sums than forward: huge scores may differ
     z, slope = gate_of(score + b, key, key2, j, GATE, TRAINING)
     _, _, penalty_slope = penalty_of(score + b, GATE)
-    d_p = d_weight * p
-    da = d_p * slope + d_penalty * penalty_slope
-    return p * z, d_p * z - p * delta + da, da
+    dz = d_weight * p
+    da = dz * slope + d_penalty * penalty_slope
+    return p * z, dz * z - p * delta + da, da
 
 
 # ------------------------------------------------------------------------------------------------------------

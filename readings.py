@@ -5,7 +5,7 @@ Read a sparse model: what every surviving head reads, what opens an edge, what h
     python sample.py out/addition/sparse.pt --prompt=57+68= --force="1.2:6<-4=closed"
 
 A card is made in three steps. *Which edges are open?* Deterministic gates on the validation split. *What
-opens them?* On a toy task, whose positions have names, an edge that is open in some examples only gets the
+opens them?* On a toy task, whose positions have names, an edge that is open in only some examples gets the
 simplest rule over the symbols that its query can see; on text a head gets the distances and tokens that its
 edges share. *What are they for?* The edge is forced, and the loss and the answers are looked at again.
 
@@ -215,7 +215,7 @@ def read_task_head(card, model, data, idx, targets, symbols, is_open, found):
             rule, agreement = simplest_rule(symbols, roles, query, now)
             if 1 - agreement < min(edge.frequency, 1 - edge.frequency) * 2 / 3:  # else it says little
                 edge.rule, edge.agreement = rule, agreement
-        effect = lambda state, rows: effect_of(model, data, idx[rows], targets[rows], {edge.edge: state})
+        effect = lambda state, some: effect_of(model, data, idx[some], targets[some], {edge.edge: state})
         edge.closed = effect(False, rows[now[rows]]) if now[rows].any() else None
         edge.opened = effect(True, rows[~now[rows]]) if not now[rows].all() else None
         card.edges.append(edge)
@@ -243,7 +243,7 @@ def rules(symbols, roles, query, is_open):
         for value in values:
             yield 0, f"{roles[p]} is {value}", symbols[:, p] == value
             yield 0, f"{roles[p]} is not {value}", symbols[:, p] != value
-        for value in range(2, 9) if p in digits else ():
+        for value in range(2, 9) if p in digits else ():  # 1 and 9: "is not 0" and "is 9"
             yield 0, f"{roles[p]} >= {value}", digits[p] >= value
             yield 0, f"{roles[p]} < {value}", digits[p] < value
         often = [value for value in values if is_open[first == value].sum() > (first == value).sum() / 2]
@@ -259,7 +259,7 @@ def rules(symbols, roles, query, is_open):
 
 
 def simplest_rule(symbols, roles, query, is_open, tolerance=0.005):
-    """(words, agreement) of the rule that says best in which examples an edge is open, (N,) bool: one of
+    """(words, agreement) of the rule that agrees best with is_open, (N,) bool: one of
     `rules`, or two joined by "and". It is chosen on one half of the examples, the simplest that is worse than
     the best by no more than the tolerance; the agreement is measured on the other half."""
     order = np.random.default_rng(0).permutation(len(symbols))
@@ -274,6 +274,8 @@ def simplest_rule(symbols, roles, query, is_open, tolerance=0.005):
     agreement = (both + (~is_open[:n]).sum()) / n
     # of two joined both complexities and 2, of a single one twice its own
     cost = np.add.outer(complexity, complexity) + 2.0 - 2 * np.eye(len(words))
+    frequency = is_open[:n].mean()
+    tolerance = min(tolerance, min(frequency, 1 - frequency) / 10)  # else a rare edge's rule is "never"
     near = np.argwhere(agreement >= agreement.max() - tolerance)
     i, j = min(near, key=lambda pair: (cost[tuple(pair)], -agreement[tuple(pair)]))
     found = words[i] if i == j else f"{words[i]} and {words[j]}"
@@ -363,8 +365,9 @@ def token_groups(data, idx):
     decode = tokenizer_of(data.meta).decode
     texts = {t: decode([t]) for t in np.flatnonzero(everywhere).tolist()}
     groups = {name: [t for t in texts if holds(texts[t])] for name, holds in CLASSES.items()}
-    groups |= {repr(text): [t] for t, text in texts.items() if [t] not in groups.values()}
-    return [(words, group, everywhere[group].sum()) for words, group in groups.items() if group]
+    # a list: the text of two tokens may be the same, where bytes are no whole character
+    single = [(repr(text), [t]) for t, text in texts.items() if [t] not in groups.values()]
+    return [(words, group, everywhere[group].sum()) for words, group in [*groups.items(), *single] if group]
 
 
 def overrepresented(groups, tokens):

@@ -37,8 +37,8 @@ class SampleConfig:
     temperature: float = option(1.0, "0: always the likeliest token, as on toy tasks", at_least=0)
     top_k: int = option(0, "sample among so many likeliest tokens only; 0: all", at_least=0)
     seed: int = option(1337, "of the sampling", at_least=0, below=2**62)
-    compare: str = option("", "another checkpoint, generated from and drawn above this one")
-    plot: str = option("", "draw the open heads, on the last prompt or of --heads, to this .png, .svg, .pdf")
+    compare: str = option("", "another checkpoint, taken first and drawn above this one")
+    plot: str = option("", "draw the open heads, of the last prompt or of --heads, to this .png, .svg, .pdf")
     edges: str = option("", "draw the open edges from layer to layer, on all prompts, to this file")
     force: str = option("", 'hold edges open or closed: "1.2:6<-4=closed,0.1=open", see readings.py')
     heads: bool = option(False, "print what every open head reads, what opens it and what it is for")
@@ -50,8 +50,10 @@ class SampleConfig:
     def check(self):
         if self.eval_only and self.heads:
             raise UserError("--eval_only and --heads are two commands: leave one out")
-        if (self.eval_only and self.plot) or ((self.eval_only or self.heads) and self.edges):
-            raise UserError("--plot and --edges draw a --prompt: leave --eval_only and --heads out")
+        if self.edges and (self.eval_only or self.heads):
+            raise UserError("--edges draws a --prompt: leave --eval_only and --heads out")
+        if self.plot and self.eval_only:
+            raise UserError("--plot draws a --prompt or --heads: leave --eval_only out")
         if self.heads and self.compare and self.plot:
             raise UserError("--plot of --heads draws one model: leave --compare out")
 
@@ -61,7 +63,8 @@ def validation_data(config, source, model):
     name = config.dataset or source.trained_on.get("dataset")
     if not name:
         raise UserError(f"{source.name} does not say what it was trained on: add --dataset=NAME")
-    data = Dataset(name, model.config.block_size, config.data_dir, config.device)
+    block_size = source.trained_on.get("block_size", model.config.block_size)
+    data = Dataset(name, block_size, config.data_dir, config.device)
     data.check_tokenizer(source.tokenizer, source.name)
     return data
 
@@ -85,8 +88,8 @@ def read(config, source, model):
 def generate(config, source, model):
     """Print the continuations of config.prompt. Returns the tokens to draw, (N, T): the prompt, on a toy task
     the prompts with their answers."""
-    meta, block_size = source.tokenizer, model.config.block_size
-    tokenizer, answer_start = tokenizer_of(meta), meta.get("answer_start")
+    meta, tokenizer = source.tokenizer, tokenizer_of(source.tokenizer)
+    answer_start = meta.get("answer_start")
     prompt = tokenizer.encode(config.prompt or ("" if answer_start else "\n"))
     if answer_start and (len(prompt) == 0 or len(prompt) % answer_start):
         length = f"has {len(prompt)} characters, this task's prompts have {answer_start}"
@@ -95,9 +98,9 @@ def generate(config, source, model):
     idx = torch.from_numpy(prompt.astype("int64")).view(-1, answer_start or len(prompt)).to(config.device)
     torch.manual_seed(config.seed)
     for _ in range(config.num_samples):
-        texts = model.generate(idx, n_new, 0.0 if answer_start else config.temperature, config.top_k or None)
+        texts = model.generate(idx, n_new, 0.0 if answer_start else config.temperature, config.top_k)
         print("\n".join(map(tokenizer.decode, texts.tolist())))
-    return texts[:, :block_size] if answer_start else idx
+    return texts[:, : meta["example_length"] - 1] if answer_start else idx  # nothing reads the last token
 
 
 def main(argv):

@@ -252,6 +252,7 @@ def fit(run, phase, model, held_out=None, teacher=None):
         )  # fmt: skip
         run.after_step(step + 1, loss, stats, lr)  # logs, evaluates, saves, and stops if that is wanted
     trained = {**run.end(), "dataset": run.data.name, "seed": config.seed, "code": CODE}
+    trained["block_size"] = config.block_size  # of the sequences; a model of init_from may take longer ones
     if bound is not None:
         trained["training_bound"] = held_out.dense.mean().item() + config.loss_tolerance
         trained["training_loss"] = held_out.losses(model, held_out.starts).mean().item()

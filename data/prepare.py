@@ -67,7 +67,7 @@ class Examples(Options):
 class Text(Examples):
     paths: tuple = arguments("one or more files or folders", 1, 1_000_000)
     tokenizer: str = option("gpt2", "what a token is", choices=("gpt2", "char", "byte"))
-    val_fraction: float = option(0.1, "held out: of the documents, or of the end", above=0, below=1)
+    val_fraction: float = option(0.1, "part held out: of the documents, or the end", above=0, below=1)
 
 
 # ------------------------------------------------------------------------------------------------------------

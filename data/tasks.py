@@ -2,7 +2,7 @@
 Tasks: pairs of prompts, clean and corrupted, whose answers differ.
 
 A dataset gives them as it is (`from_dataset`): a toy task's examples, or pieces of running text, whose task
-is the next token. Narrow tasks are pairs of one token's difference, made from a dataset's validation split:
+is the next token. Narrow tasks are pairs that differ in one token, made from a dataset's validation split:
 
     carry         "57+68=1" -> "2", not "1" as after "57+61=1": does the ones' sum carry into the tens?
     last_digit    "57+68=12" -> "5", not "4" as after "57+67=12": which digit, where the carry stays?
@@ -257,8 +257,8 @@ def induction(vocab_size, block_size, n, seed):
     token of the clean prompt. Raises UserError where the vocabulary or the context is too small."""
     T = min(16, block_size)
     if T < 6 or vocab_size < T + 1:
-        known = f"{block_size} and {vocab_size} are there"
-        raise UserError(f"induction takes 6 tokens of context and {T + 1} different ones: {known}")
+        known = f"here are {block_size} and {vocab_size}: give another model"
+        raise UserError(f"induction takes 6 tokens of context and {T + 1} different ones, {known}")
     piece = T // 4
     first = T - piece
     rng, examples = np.random.default_rng(seed), []

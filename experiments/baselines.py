@@ -4,7 +4,7 @@ What a sceptic would try instead of gates that see the content, trained as long 
     python experiments/baselines.py out/addition out/recall     folders that train.py wrote
 
 Prints a table and draws a picture, loss against edges. A baseline that is trained already is read, not
-repeated; one that is interrupted starts anew.
+repeated, unless the code has changed; one that is interrupted starts anew.
 
 Where a pattern is fixed, the softmax runs over its edges only. `learned` finds the best pattern: a gate of
 its own for every (layer, head, offset), or (layer, head, query, key) of a toy task, trained under the sparse
@@ -169,9 +169,8 @@ def train_baselines(folder, summary):
     fraction = summary["edges_hard"]
     T, n_layer = data.sequence_tokens, dense.config.n_layer
     learned = Learned(dense.config, T, by_offset=not data.is_task).to(data.device)
-    of_what = {"edges": fraction, "dense_loss": summary["dense_loss"]}
     files = "experiments/baselines.py", "train.py", "gates.py", "constrained.py", "model.py"
-    of_what["code"] = code_of(*files)
+    of_what = {"edges": fraction, "dense_loss": summary["dense_loss"], "code": code_of(*files)}
     results = {}
     for name in BASELINES:
         if name == "hand" and (config.dataset not in HAND or n_layer < 2):

@@ -1,6 +1,6 @@
 """
 Which position reads which for the carry? Over models of two-digit addition: the (layer, query, key), of any
-head above layer 0, that is open most often where the last digits make a carry, and most seldom where not.
+head above layer 0, whose frequency of being open differs most between problems with a carry and without.
 
     python experiments/carry.py out/seeds/*/sparse.pt
 """

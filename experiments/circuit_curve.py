@@ -111,7 +111,7 @@ def attention_edges(circuit, task, bound):
     def enough(ranking):
         """How many edges of a ranking are enough, in all prompts together: bisection."""
         levels = torch.cat([e[o] for e, o in zip(ranking, is_open)]).sort().values
-        low, high = 0, len(levels)  # levels[low] may be the smallest, levels[high] not
+        low, high = 0, len(levels)  # edges from levels[low] up are enough, from levels[high] up not
         while high - low > 1:
             middle = (low + high) // 2
             kept = [(o & (e >= levels[middle])).float() for e, o in zip(ranking, is_open)]

@@ -1,5 +1,5 @@
 """
-Does what a circuit gains grow with the model? Circuits of models of several sizes, dense and sparse.
+Do circuits shrink more in larger models? Circuits of models of several sizes, dense and sparse.
 
     python experiments/growth.py out/novels_2 out/novels_4 out/novels_8      folders that train.py wrote
     python experiments/growth.py out/novels_2 out/novels_4 --task=sentence
@@ -59,7 +59,7 @@ def figures_of(folder, summary, config):
 
 
 def column_of(folder, summary, config):
-    """One model's column of the table, and its number of heads."""
+    """One folder's column of the table, and its models' number of heads."""
     found = figures_of(folder, summary, config)
     column = summary | {"heads": open_heads(summary)}
     for measure, (figure, ways) in MEASURES.items():

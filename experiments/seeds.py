@@ -69,7 +69,7 @@ def table(summaries):
     """A row per run, then the median, the lowest and the highest of every column, and how many runs are
     within their bound."""
     runs = [summary | {"seconds": sum(summary["seconds"].values())} for summary in summaries]
-    if summaries[0]["config"]["head_price"]:
+    if summaries[0]["config"].get("head_price"):
         runs = [run | {"heads": open_heads(run)} for run in runs]
     columns = {name: column for name, column in COLUMNS.items() if column[0] in runs[0]}
     of = lambda pick: {name: form.format(pick(key)) for name, (key, form) in columns.items()}

@@ -28,7 +28,7 @@ class UserError(ValueError):
 
 
 def option(default, help, at_least=None, above=None, below=None, choices=None, word=None):
-    """A dataclass field: its meaning in one line, the values it may take. word: one that is no number."""
+    """A dataclass field: its meaning in one line, the values it may take. word: one in place of a number."""
     limits = dict(help=help, at_least=at_least, above=above, below=below, choices=choices, word=word)
     return dataclasses.field(default=default, metadata=limits)
 

@@ -80,7 +80,7 @@ def attention_figure(texts, records):
     heads = np.argwhere(list(records.values())[-1][0][1].any(axis=(2, 3)))  # (panels, 2): layer, head
     n_columns = min(max(1, len(heads)), 8 if T <= 12 else 4)  # long sequences need large panels
     n_rows = -(-max(1, len(heads)) // n_columns)
-    cell = 500 / n_columns / T  # points, a little less than that
+    cell = 500 / n_columns / T  # its size in points, rounded down
     height = len(records) * (n_rows * 9.2 / n_columns + 0.55) + 0.5
     figure = plt.figure(figsize=(10, height), layout="constrained")
     blocks = figure.subfigures(len(records), 1, squeeze=False)[:, 0]
@@ -309,8 +309,9 @@ def baselines_figure(panels):
     looks = {name: dict(color=shade, marker=m) for name, shade, m in zip(names, HEADS, "*os^DvP")}
     for axis, (dataset, (summary, models)) in zip(axes[0], panels.items()):
         for name, result in models.items():
-            point, size = (100 * result["edges_hard"], result["loss"]), 220 if name == "sparse" else 60
-            axis.scatter(*point, s=size, label=name, zorder=3, **looks[name])
+            area = 220 if name == "sparse" else 60
+            point = 100 * result["edges_hard"], result["loss"]
+            axis.scatter(*point, s=area, label=name, zorder=3, **looks[name])
         axis.axhline(summary["dense_loss"], color=BLACK, lw=0.8, label="dense")
         axis.axhline(summary["bound"], color=BLACK, lw=0.8, ls="--", label="bound")
         if "control_loss" in summary:
@@ -355,8 +356,10 @@ def growth_figure(ratios):
     axis.plot(*zip(*PAPER), "*", ms=11, color=BLACK, label="edges for 90 %, the paper: GPT-2, OLMo-7B")
     axis.axhline(1, color=BLACK, lw=0.6)
     axis.set(xlabel="attention heads of the model", ylabel="dense / sparse", xscale="log", yscale="log")
-    heads, times = {n for points in (PAPER, *ratios.values()) for n, _ in points}, (1, 2, 5, 10, 20, 50, 100)
-    axis.set_xticks(sorted(heads), map(str, sorted(heads)))
+    heads = sorted({n for points in (PAPER, *ratios.values()) for n, _ in points})
+    low, high = axis.get_ylim()
+    times = [n for n in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= n <= high]
+    axis.set_xticks(heads, map(str, heads))
     axis.set_yticks(times, map(str, times))
     axis.minorticks_off()
     axis.grid(alpha=0.3)

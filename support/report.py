@@ -111,7 +111,7 @@ def read_summary(folder):
         raise UserError(f"{folder} holds no finished run: give one that train.py wrote")
     with damage_named(path, "delete it, or give another folder"):
         summary = read_json(path)
-        summary["config"]
+        summary["config"]  # KeyError: it is another file
         return summary
 
 
@@ -131,12 +131,15 @@ def read_summaries(folders):
 def missed_bound(summary):
     """A sentence with the remedy, in a list, if a bound of summary.json was missed; else []."""
     over = summary["sparse_loss"] - summary["bound"]
+    held_out = summary["training_loss"] - summary["training_bound"]
     words = f"the sparse model is over its bound by {over:.4f} nats"
-    if over <= 0:
-        over = summary["training_loss"] - summary["training_bound"]
-        words = f"on the held-out data that the bound is enforced on, the loss is {over:.4f} nats over it"
     remedy = "give a larger --multiplier_max, more --sparsify_steps or a larger --loss_tolerance"
-    return [f"note: {words}: {remedy}"] if over > 0 else []
+    if over <= 0:
+        words = f"on the held-out data that the bound is enforced on, the loss is {held_out:.4f} nats over it"
+    elif held_out <= 0:  # what moves the multiplier is content
+        words += ", though not on the held-out data"
+        remedy = "give a larger --loss_tolerance, or for a text --distill"
+    return [f"note: {words}: {remedy}"] if max(over, held_out) > 0 else []
 
 
 def table(results, bound=None, extra=()):
@@ -148,7 +151,7 @@ def table(results, bound=None, extra=()):
         over = results["sparse"]["loss"] - bound
         columns["sparse"] = results["sparse"] | {"bound": bound} | ({"over": over} if over > 0 else {})
     lines = side_by_side(columns, ROWS, 16, extra)
-    lines += [f"all on {part}" for part in {r["part"]: None for r in results.values() if "part" in r}]
+    lines += [f"all on {part}" for part in dict.fromkeys(r["part"] for r in results.values() if "part" in r)]
     if "sparse" in results:
         heads = results["sparse"]["edges_per_head"]
         lines += ["", "sparse: hard edges left, % of each head's causal pairs"]

@@ -185,7 +185,7 @@ class Run:
                 part.load_state_dict(saved["parts"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             wrong = f"{self.folder / 'last.pt'} does not fit this code ({str(error).splitlines()[0]})"
-            raise UserError(f"{wrong}: start over in another --out_dir, or after `make clean`")
+            raise UserError(f"{wrong}: delete {self.folder}, or start over in another --out_dir")
         torch.set_rng_state(saved["noise"][ranks.rank()])
         if self.accelerator and saved["accelerator_noise"]:  # none where it began on a CPU
             self.accelerator.set_rng_state(saved["accelerator_noise"][ranks.rank()])

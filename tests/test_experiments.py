@@ -13,6 +13,7 @@ import torch
 
 import model
 from circuits import Circuit
+from data import prepare
 from data.dataset import read_meta
 from data.tasks import Task
 from experiments import baselines, carry, circuit_curve, growth, peer, seeds
@@ -205,6 +206,12 @@ def test_baselines_learn_from_the_teacher_that_the_sparse_model_had(trained, tmp
     assert all(text != teacher for text, teacher in zip(first_loss[False], first_loss[True]))
 
 
+def test_the_largest_weights_are_as_many_as_wanted_in_the_end():
+    top, (q, k, v) = baselines.Top(0.1, n_layer=1, n_passes=300), torch.randn(3, 8, 2, 10, 4)
+    fractions = [top(q, k, v, None, None, True)[1].hard_edges.mean().item() for _ in range(300)]
+    assert fractions[0] > 0.3 and fractions[-1] == pytest.approx(0.1, abs=0.02)
+
+
 def test_patterns_by_hand_run_forward_and_are_as_many_as_they_say():
     for dataset, edges in baselines.HAND.items():
         mask = baselines.hand_edges(tiny(n_layer=2), dataset, 9)
@@ -250,9 +257,13 @@ def test_the_edge_that_tells_the_carry_is_found(monkeypatch):
     assert carry_edge(Planted(), torch.zeros(40, 8), carry) == (1, 6, 4, 1.0, 0.0)
 
 
-def test_a_dense_model_has_no_carry_edge(program, tmp_path, data_dir):
-    meta = read_meta(data_dir / "sums")
-    shutil.copytree(data_dir / "sums", tmp_path / "addition")
-    save_model(tiny(vocab_size=12), tmp_path / "dense.pt", meta, {})
-    code, _, err = program(carry.main, tmp_path / "dense.pt", f"--data_dir={tmp_path}")
-    assert code == 2 and "is dense or has one layer only: give a sparse model of two or more" in err
+def test_the_carry_edge_of_a_model_of_addition(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert program(prepare.main, "addition")[0] == 0
+    for gate, wanted, sentence in [
+        ("none", 2, "is dense or has one layer only: give a sparse model of two or more"),
+        ("hard_concrete", 0, "in 0 of 1 an edge is open in over 90 % with a carry, under 10 % without"),
+    ]:
+        save_model(tiny(vocab_size=12, gate=gate), tmp_path / "m.pt", read_meta("data/addition"), {})
+        code, out, err = program(carry.main, tmp_path / "m.pt")
+        assert code == wanted and sentence in out + err

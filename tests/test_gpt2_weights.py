@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gates import GATES
 from model import GPT, GPTConfig
 from support import checkpoints
 from support.command_line import UserError
@@ -129,23 +128,6 @@ def test_transformers_reads_what_we_write(tmp_path, transformers):
 # Out and in again
 
 
-@pytest.mark.parametrize("gate", sorted(GATES))
-def test_a_gated_model_comes_back_with_its_gates(tmp_path, capsys, gate):
-    model = random_model(replace(TINY, gate=gate, gate_bias=1.5))
-    model.save_pretrained(tmp_path)
-    assert "without the gates" in capsys.readouterr().out
-    again = GPT.from_pretrained(tmp_path)
-    assert again.config == model.config and same_weights(again, model)
-    assert GPT.from_pretrained(tmp_path, gate="none").config.gate == "none"
-
-
-def test_dense_weights_take_gates_that_start_at_their_bias(folder, capsys):
-    gated = GPT.from_pretrained(folder, gate="bernoulli", gate_bias=7.0)
-    assert all((block.attn.gate_bias == 7).all() for block in gated.h) and not gated.training
-    dense = GPT.from_pretrained(folder)
-    assert same_weights(dense, random_model()) and capsys.readouterr().out == ""
-
-
 def test_the_prefix_and_the_old_masks_do_not_matter(folder):
     def edit(tensors):
         for name in list(tensors):
@@ -185,6 +167,7 @@ def test_a_tensor_that_does_not_fit_is_named(folder, name, shape, words):
         (dict(activation_function="relu"), "activation_function 'relu', GPT-2 has 'gelu_new'"),
         (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon 1e-06"),
         (dict(n_inner=99), "n_inner 99, GPT-2 has 32"),
+        (dict(n_layer=0), "n_layer is 0: give at least 1"),
         (dict(n_head=3), "n_embd 8 is not divisible by n_head 3"),
         (dict(n_embd="eight"), "damaged"),
         (dict(nanosparse={"gate": "sigmoid"}), "gate is 'sigmoid'"),

@@ -150,12 +150,13 @@ def test_padding_is_never_generated(tmp_path):
 @pytest.mark.parametrize("read_out", ["tied", "own", "biased"])
 @pytest.mark.parametrize("gate", ["none", *GATES])
 @pytest.mark.parametrize("layout", ["transformer_lens", "huggingface"])
-def test_a_model_comes_back_bit_for_bit(tmp_path, gate, read_out, layout):
+def test_a_model_comes_back_bit_for_bit(tmp_path, capsys, gate, read_out, layout):
     gates = {"gate": gate, "gate_bias": 1.5} if gate != "none" else {}
     model = random_model(replace(TINY, read_out=read_out, padding=4, **gates))
     model.save_pretrained(tmp_path, layout=layout)
+    assert ("without the gates" in capsys.readouterr().out) == (gate != "none")
     again = GPT.from_pretrained(tmp_path)
-    assert again.config == model.config and same_weights(again, model)
+    assert again.config == model.config and same_weights(again, model) and not again.training
 
 
 def test_what_we_write_has_the_equations_logits(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from gates import HardConcrete
 from model import GPT, GPTConfig, evaluating
-from support.checkpoints import load_checkpoint, save_checkpoint, save_model
+from support.checkpoints import load_checkpoint, save_model
 from support.command_line import UserError
 from support.files import replacing
 
@@ -94,16 +94,6 @@ def test_stats_have_a_row_per_layer_and_training_samples_the_gates():
     assert (stats.hard_edges == 1).all() and (stats.mass_removed == 0).all()
 
 
-@pytest.mark.parametrize("gate", ["hard_concrete", "bernoulli"])
-def test_with_a_large_bias_a_gated_model_starts_as_the_dense_one(gate):
-    dense = tiny()
-    gated = GPT(GPTConfig(**TINY, gate=gate, gate_bias=50.0)).eval()
-    gated.load_state_dict(dense.state_dict(), strict=False)
-    idx = torch.randint(13, (3, 8))
-    assert torch.allclose(dense(idx)[0], gated(idx)[0], atol=1e-5)
-    assert gated.attention(idx).edges.sum() == 2 * 3 * 2 * 36  # layers, batch, heads, causal pairs: all open
-
-
 def test_attention_record():
     model, idx = tiny(gate="hard_concrete"), torch.randint(13, (3, 6))
     model.train()
@@ -162,16 +152,6 @@ def test_evaluating_is_safe_against_exceptions():
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
-
-
-def test_checkpoint_gives_the_same_model_back(tmp_path):
-    model, idx = tiny(gate="hard_concrete"), torch.randint(13, (2, 8))
-    save_model(model, tmp_path / "model.pt", {"tokenizer": "byte"}, {"seed": 1})
-    again = GPT.from_pretrained(tmp_path / "model.pt")
-    assert again.config == model.config and not again.training
-    assert torch.equal(again(idx)[0], model(idx)[0])
-    dense = GPT.from_pretrained(tmp_path / "model.pt", gate="none")
-    assert dense.config.gate == "none" and not torch.equal(dense(idx)[0], model(idx)[0])
 
 
 def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
@@ -233,27 +213,3 @@ def test_an_altered_checkpoint_is_named_or_unharmed(tmp_path, seed):
         assert seed % 4, "the end is gone"
         assert all(torch.equal(p, loaded["model"][name]) for name, p in model.state_dict().items())
         assert loaded["model_config"] == asdict(model.config)
-
-
-def test_a_checkpoint_that_does_not_fit_is_named(tmp_path):
-    path = tmp_path / "model.pt"
-    save_model(tiny(), path, {}, {})
-    saved = load_checkpoint(path)
-    wrong = {
-        r"wte.weight of shape \(13, 8\), the model needs \(13, 16\)": {"model_config": {"n_embd": 16}},
-        "a setting gate_rank of another version": {"model_config": {"gate_rank": 16}},
-    }
-    for sentence, change in wrong.items():
-        save_checkpoint(saved | {key: saved[key] | values for key, values in change.items()}, path)
-        with pytest.raises(UserError, match=sentence):
-            GPT.from_pretrained(path)
-
-
-def test_impossible_shapes_are_explained():
-    for fields, sentence in [
-        (dict(n_embd=8, n_head=3), "n_embd 8 is not divisible by n_head 3: change one"),
-        (dict(n_layer=0), "n_layer is 0: give at least 1"),
-        (dict(gate="maybe"), "gate is 'maybe': choose one of none, hard_concrete, bernoulli"),
-    ]:
-        with pytest.raises(UserError, match=sentence):
-            GPTConfig(**fields)

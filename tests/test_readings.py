@@ -1,16 +1,19 @@
 """Cards, rules and forced edges, on models whose heads are known because their weights were written down."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import readings
 import sample
 from data.dataset import Dataset
 from data.prepare import prepare_examples, prepare_text
 from model import GPT, GPTConfig
-from readings import Edge, forced, parse_forces, read_heads, simplest_rule, words_of
+from readings import Edge, forced, parse_forces, read_heads, simplest_rule, token_groups, words_of
 from support import pictures
 from support.checkpoints import save_model
 from support.command_line import UserError
@@ -115,6 +118,14 @@ def test_raised_digits_are_no_numbers():
     assert agreement == 1 and words in ("power is ²", "power is not 1")
 
 
+def test_a_rare_edge_keeps_its_exact_rule():
+    """It is closed in so many examples that "never" is right in nearly all."""
+    symbols = digits(20_000)
+    is_open = (symbols[:, 0] == "9") & (symbols[:, 1] == "9") & (symbols[:, 2] == "x")
+    words, agreement = simplest_rule(symbols, "abc", 2, is_open)
+    assert is_open.mean() < 0.006 and agreement == 1 and "18" in words
+
+
 def test_a_rule_sees_no_later_symbol_and_agreement_is_of_other_examples():
     symbols = digits()
     _, agreement = simplest_rule(symbols, "abc", 0, symbols[:, 1].astype(int) >= 5)
@@ -142,6 +153,28 @@ def test_a_text(tmp_path):
     assert any(line.startswith("keys: line breaks 100% (10") for line in breaks.lines)
     assert any("[↵]" in line for line in breaks.lines) and "the loss rises by" in breaks.lines[0]
     assert pictures.heads_figure([previous, breaks], None).axes[0].patches[1].get_height() == 1
+
+
+def test_bytes_that_are_no_whole_character_are_counted_each(tmp_path):
+    (tmp_path / "t").write_text("é" * 100, encoding="utf-8")
+    prepare_text([tmp_path / "t"], tmp_path / "text", "byte", 0.1)
+    data = Dataset("text", 8, tmp_path)
+    groups = token_groups(data, data.tokens["train"][:100].reshape(1, -1))
+    single = [(tokens, usual) for words, tokens, usual in groups if words == repr("\ufffd")]
+    assert single == [([0xA9], 0.5), ([0xC3], 0.5)]
+
+
+def test_an_effect_names_the_commonest_mistake(data_dir, monkeypatch):
+    """Of the 100 sums 45 reach ten; without the carry they come out ten too small."""
+    data = Dataset("sums", 5, data_dir)
+    x, y = data.cut("val", data.starts("val"))
+    answers = y[:, 3:].clone()
+    answers[:, 0] = data.meta["characters"].index("0")
+    fake = SimpleNamespace(generate=lambda idx, n, temperature: torch.cat([idx, answers], dim=1))
+    monkeypatch.setattr(readings, "forced", lambda *_: nullcontext())
+    monkeypatch.setattr(readings, "mean_loss", lambda *_: 0.5)
+    effect = readings.effect_of(fake, data, x, y, {})
+    assert str(effect) == "45.0% come out 10 too small (accuracy 55.0%, loss 0.50)"
 
 
 # ------------------------------------------------------------------------------------------------------------

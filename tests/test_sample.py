@@ -56,6 +56,25 @@ def test_pictures(program, models, ending):
     assert all((models / f"{name}.{ending}").stat().st_size > 5000 for name in "ab")
 
 
+def test_a_picture_shows_the_tokens_that_are_read(program, models, monkeypatch):
+    """Of a task's example of 6 all but the last, though the model could read 8."""
+    seen, draw = [], sample.pictures.records_of
+    monkeypatch.setattr(sample.pictures, "records_of", lambda m, t, i: seen.append(i.shape) or draw(m, t, i))
+    program(sample.main, models / "sparse.pt", "--prompt=4+5=1+2=", f"--edges={models}/b.png")
+    assert seen == [(2, 5)]
+
+
+def test_a_model_is_scored_on_sequences_as_long_as_those_of_its_training(program, models, data_dir):
+    """A model that init_from gave may read longer ones."""
+    (models / "t").write_text("\nabcdefghij " * 8)
+    prepare_text([models / "t"], models / "short", "char", 0.1)
+    model = GPT(GPTConfig(block_size=64, vocab_size=12, n_layer=1, n_head=2, n_embd=16))
+    trained_on = {"dataset": "short", "block_size": 4}
+    save_model(model, models / "m.pt", CharTokenizer(CHARACTERS).meta(), trained_on)
+    code, out, err = program(sample.main, models / "m.pt", "--eval_only", f"--data_dir={models}")
+    assert code == 0 and "loss, nats" in out, err
+
+
 def test_a_model_is_compared_with_itself_when_an_edge_is_forced(program, models, monkeypatch):
     seen, records_of = [], sample.pictures.records_of
     monkeypatch.setattr(sample.pictures, "records_of", lambda m, *_: seen.append([*m]) or records_of(m, *_))
@@ -81,7 +100,8 @@ BAD = [
     (["{}/missing.pt"], "there is no checkpoint"),
     (["{}/sparse.pt", "--eval_only"], "does not say what it was trained on: add --dataset=NAME"),
     (["{}/sparse.pt", "--heads", "--eval_only"], "are two commands: leave one out"),
-    (["{}/sparse.pt", "--heads", "--edges=a.png"], "draw a --prompt: leave --eval_only and --heads out"),
+    (["{}/sparse.pt", "--heads", "--edges=a.png"], "--edges draws a --prompt: leave --eval_only and --heads"),
+    (["{}/sparse.pt", "--eval_only", "--plot=a.png"], "--plot draws a --prompt or --heads: leave"),
     (["{}/sparse.pt", "--heads", "--compare={}/sparse.pt", "--plot=a.png"], "draws one model: leave"),
     (["{}/dense.pt", "--heads", "--dataset=sums"], "run `python data/prepare.py"),
     (["{}/sparse.pt", "--eval_only", "--dataset=none"], "run `python data/prepare.py text PATH --name=none`"),
