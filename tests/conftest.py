@@ -9,6 +9,7 @@ if not torch.cuda.is_available():  # then Triton interprets, which it must know 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from data.prepare import prepare_examples
+from data.tokenizer import GPT2Tokenizer
 from support import command_line
 
 ROOT = Path(__file__).parent.parent
@@ -52,3 +53,11 @@ def real_text():
     if not path:
         pytest.skip("NANOSPARSE_TEXT is not set: give it the path of a text file, such as tiny Shakespeare")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, from the folder TIKTOKEN_CACHE_DIR."""
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR is not set: give it the folder of GPT-2's vocabulary")
+    return GPT2Tokenizer()

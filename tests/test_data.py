@@ -1,7 +1,6 @@
 """Datasets: what prepare.py writes, what Dataset reads, and what both say of bad files."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from data import dataset, prepare
 from data.dataset import Dataset
-from data.tokenizer import GPT2Tokenizer, tokenizer_of
+from data.tokenizer import tokenizer_of
 from support.command_line import UserError
 from tests.letters import Letters, split_texts
 
@@ -185,13 +184,6 @@ def test_many_documents_are_split_by_document(tmp_path, letters, monkeypatch):
     assert meta["val_tokens"] == sum(len(text.encode()) + 1 for text in val)
     prepare.prepare_text([tmp_path / "in" / "z.jsonl"], tmp_path / "again", "gpt2", 0.3)
     assert set(split_texts(tmp_path / "again", "val")) == set(val) & set(upper), "not where a text stands"
-
-
-@pytest.fixture
-def gpt2():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set: give it a folder with tiktoken's gpt2 files")
-    return GPT2Tokenizer()
 
 
 def test_gpt2_tokens_are_tiktokens(tmp_path, real_text, gpt2):

@@ -1,7 +1,6 @@
 """GPT-2's weights in and out, against transformers where it is installed."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
-from support import checkpoints
 from support.command_line import UserError
 from tests.conftest import ROOT
 
@@ -210,20 +208,3 @@ def test_pickled_code_and_missing_shards_are_refused(folder):
     index.write_text("{}")
     with pytest.raises(UserError, match="index.json is damaged"):
         GPT.from_pretrained(folder)
-
-
-def test_a_model_is_downloaded_once_and_whole(folder, tmp_path, monkeypatch):
-    hub = tmp_path / "hub" / "openai-community" / "gpt2" / "resolve" / "main"
-    cache = tmp_path / "cache" / "nanosparse" / "gpt2"
-    hub.mkdir(parents=True)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
-    monkeypatch.setattr(checkpoints, "HUB", f"file://{tmp_path}/hub")
-    monkeypatch.chdir(tmp_path)
-    (folder / "config.json").rename(hub / "config.json")
-    with pytest.raises(UserError, match="cannot download .*model.safetensors"):
-        GPT.from_pretrained("gpt2")
-    assert [path.name for path in cache.iterdir()] == ["config.json"]
-    (folder / "model.safetensors").rename(hub / "model.safetensors")
-    assert same_weights(GPT.from_pretrained("gpt2"), random_model())
-    shutil.rmtree(hub)
-    assert same_weights(GPT.from_pretrained("gpt2"), random_model())

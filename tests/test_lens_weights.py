@@ -348,21 +348,29 @@ def test_code_damage_and_missing_files_are_one_sentence(tmp_path, monkeypatch, p
         GPT.from_pretrained(folder)
 
 
-def test_the_authors_models_are_downloaded_once_and_whole(tmp_path, monkeypatch):
-    name = "ansonisl/SparseGPT2"
-    hub, cache = tmp_path / "hub" / name / "resolve" / "main", tmp_path / "cache" / "nanosparse" / name
-    hub.mkdir(parents=True)
+DOWNLOADS = [
+    ("gpt2", "openai-community/gpt2", "model.safetensors", lambda to: random_model().save_pretrained(to)),
+    ("ansonisl/SparseGPT2", "ansonisl/SparseGPT2", "final.pth", lambda to: write(to, random_state())),
+]
+
+
+@pytest.mark.parametrize("name, repository, file, make", DOWNLOADS, ids=["gpt2", "authors"])
+def test_a_model_is_downloaded_once_and_whole(tmp_path, monkeypatch, name, repository, file, make):
+    hub, cache = tmp_path / "hub" / repository / "resolve" / "main", tmp_path / "cache" / "nanosparse" / name
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoints, "HUB", f"file://{tmp_path}/hub")
     monkeypatch.chdir(tmp_path)
-    write(hub, use_sparse_attn=True)
-    with pytest.raises(UserError, match="cannot download .*final.pth"):
+    hub.mkdir(parents=True)
+    make(hub)
+    wanted = GPT.from_pretrained(hub)
+    (hub / file).rename(tmp_path / file)
+    with pytest.raises(UserError, match=f"cannot download .*{file}"):
         GPT.from_pretrained(name)
     assert [path.name for path in cache.iterdir()] == ["config.json"]
-    write(hub, random_state(), use_sparse_attn=True)
-    first = GPT.from_pretrained(name)
+    (tmp_path / file).rename(hub / file)
+    assert same_weights(GPT.from_pretrained(name), wanted)
     shutil.rmtree(hub)
-    assert same_weights(GPT.from_pretrained(name), first) and first.config.gate == "bernoulli"
+    assert same_weights(GPT.from_pretrained(name), wanted)
     with pytest.raises(UserError, match="there is no checkpoint ansonisl/Sparse: .*ansonisl/SparseGPT2"):
         GPT.from_pretrained("ansonisl/Sparse")
 

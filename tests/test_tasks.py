@@ -1,7 +1,6 @@
 """Tasks: every pair of prompts is what the task says it is."""
 
 import json
-import os
 import random
 
 import pytest
@@ -11,16 +10,9 @@ from data.dataset import Dataset
 from data.prepare import main as prepare
 from data.prepare import prepare_examples, prepare_text
 from data.tasks import NAMES, Task, find, from_dataset, from_file, from_template, induction
-from data.tokenizer import ByteTokenizer, GPT2Tokenizer, tokenizer_of
+from data.tokenizer import ByteTokenizer, tokenizer_of
 from model import GPTConfig
 from support.command_line import UserError
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set: give it the folder of GPT-2's vocabulary")
-    return GPT2Tokenizer()
 
 
 def texts(task, tokenizer):
