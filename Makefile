@@ -54,7 +54,8 @@ figures: demo out/recall/summary.json
 	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
 	cp out/lesson_*.png docs
 	[ ! -f out/heads_8/edges.png ] || cp out/heads_8/edges.png docs/edges_novels.png
-	[ -z "$(PLAYS_8x8)" ] || cp $(PLAYS_8x8)/edges.png docs/edges_shakespeare.png
+	[ -z "$(PLAYS_8x8)" ] || { cp $(PLAYS_8x8)/edges.png docs/edges_shakespeare.png && \
+		cp $(PLAYS_8x8:100=101)/edges.png docs/edges_shakespeare_101.png; }
 	[ -z "$(PLAYS)" ] || { $(PY) circuits.py speaker --bound=0.01 --dense=$(PLAYS)/dense.pt \
 		--sparse=$(PLAYS)/sparse.pt && cp $(PLAYS)/speaker/circuits.png docs/circuits_speaker.png; }
 	[ -z "$(SIZES)" ] || { $(PY) experiments/growth.py $(SIZES) --picture=docs/growth.png && \
