@@ -13,7 +13,7 @@ OUT = out/addition
 SHORT = --dataset=gpu --pretrain_steps=300 --sparsify_steps=300 --no-control
 NOVELS = $(firstword $(wildcard out/seeds/novels_char_?_threads_seed_100))
 PLAYS = $(firstword $(wildcard out/seeds/shakespeare_char_?_threads_seed_100))
-PLAYS_8x8 = $(firstword $(wildcard out/seeds/shakespeare_8x8_?_threads_seed_100))
+PLAYS_8x8 = out/seeds/shakespeare_8x8_1_threads_seed_
 SIZES = $(wildcard out/novels_2 out/novels_4 out/novels_8)
 
 .PHONY: demo test test-all gpu figures clean .venv
@@ -54,8 +54,8 @@ figures: demo out/recall/summary.json
 	$(PY) -c "import re; exec('\n'.join(re.findall('^\x60{3}python\n(.*?)^\x60{3}', open('docs/lesson.md').read(), re.M | re.S)))"
 	cp out/lesson_*.png docs
 	[ ! -f out/heads_8/edges.png ] || cp out/heads_8/edges.png docs/edges_novels.png
-	[ -z "$(PLAYS_8x8)" ] || { cp $(PLAYS_8x8)/edges.png docs/edges_shakespeare.png && \
-		cp $(PLAYS_8x8:100=101)/edges.png docs/edges_shakespeare_101.png; }
+	[ ! -f $(PLAYS_8x8)100/edges.png ] || cp $(PLAYS_8x8)100/edges.png docs/edges_shakespeare.png
+	[ ! -f $(PLAYS_8x8)101/edges.png ] || cp $(PLAYS_8x8)101/edges.png docs/edges_shakespeare_101.png
 	[ -z "$(PLAYS)" ] || { $(PY) circuits.py speaker --bound=0.01 --dense=$(PLAYS)/dense.pt \
 		--sparse=$(PLAYS)/sparse.pt && cp $(PLAYS)/speaker/circuits.png docs/circuits_speaker.png; }
 	[ -z "$(SIZES)" ] || { $(PY) experiments/growth.py $(SIZES) --picture=docs/growth.png && \

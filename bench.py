@@ -9,8 +9,8 @@ How fast it is, against what you would take instead.
 Candidates are timed in turns, one after the other in every round; a row shows the median of the rounds and,
 in brackets, the middle half of them. (Training steps: one model after the other, since two may not fit.)
 Memory is the peak beyond what was there before: not inputs and weights, but outputs and gradients.
-Everything is written as JSON, too. The exit code is 1 if a candidate fails for another
-reason than too little memory.
+Everything is written as JSON, too. The exit code is 1 if a candidate fails for another reason than too little
+memory.
 """
 
 import gc

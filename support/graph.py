@@ -1,5 +1,7 @@
 """The graph of a model: which part writes to the residual stream, and which reads what was written before."""
 
+from functools import cache
+
 import torch
 
 
@@ -59,7 +61,11 @@ class Graph:
 
 
 def graph_of(model):
-    return Graph(model.config.n_layer, model.config.n_head)
+    """The Graph of a model: one for all of its size, since every pass of a search asks for it."""
+    return graph_of_size(model.config.n_layer, model.config.n_head)
+
+
+graph_of_size = cache(Graph)
 
 
 def node_of(reader):

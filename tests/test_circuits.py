@@ -452,7 +452,7 @@ def test_positions_and_ones_own_examples(program, checkpoints, data_dir):
 WRONG = [
     (["sums", "--sparse={}/short.pt"], "short.pt has 1: compare models of one shape"),
     (["sums", "--sparse={}"], " is a run: give one of its models, such as "),
-    (["nothing", "--dense=none.pt"], "there is no task 'nothing': choose one of induction, carry, "),
+    (["nothing", "--dense=none.pt"], "no task 'nothing': choose one of induction, carry, last_digit, "),
     ([], "give one task, such as addition: 0 were given"),
     (["sums", "--ablation=noise"], "--ablation is 'noise': choose one of corrupted, mean, zero"),
     (["sums", "--bound=0"], "--bound is 0.0: give more than 0"),

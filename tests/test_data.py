@@ -8,7 +8,7 @@ import torch
 
 from data import dataset, prepare
 from data.dataset import Dataset
-from data.tokenizer import tokenizer_of
+from data.tokenizer import ByteTokenizer, CharTokenizer, tokenizer_of
 from support.command_line import UserError
 from tests.letters import Letters, split_texts
 
@@ -263,3 +263,9 @@ def test_a_damaged_dataset_is_one_sentence(tmp_path, file, content, sentence):
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         list(Dataset("mine", 7, folder.parent).sequential("val", 8))
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(UserError, match="the model does not know 'x', 'é': use only the characters 'abc'"):
+        CharTokenizer("abc").encode("axé")
+    assert ByteTokenizer().decode(ByteTokenizer().encode("axé")) == "axé"

@@ -350,7 +350,7 @@ def test_code_damage_and_missing_files_are_one_sentence(tmp_path, monkeypatch, p
 
 DOWNLOADS = [
     ("gpt2", "openai-community/gpt2", "model.safetensors", lambda to: random_model().save_pretrained(to)),
-    ("ansonisl/SparseGPT2", "ansonisl/SparseGPT2", "final.pth", lambda to: write(to, random_state())),
+    (*["ansonisl/SparseGPT2"] * 2, "final.pth", lambda to: write(to, random_state(), use_sparse_attn=True)),
 ]
 
 
@@ -363,6 +363,7 @@ def test_a_model_is_downloaded_once_and_whole(tmp_path, monkeypatch, name, repos
     hub.mkdir(parents=True)
     make(hub)
     wanted = GPT.from_pretrained(hub)
+    assert wanted.config.gate == ("none" if name == "gpt2" else "bernoulli")
     (hub / file).rename(tmp_path / file)
     with pytest.raises(UserError, match=f"cannot download .*{file}"):
         GPT.from_pretrained(name)

@@ -149,7 +149,8 @@ def test_induction_repeats_a_piece_and_asks_what_followed_it():
         assert clean[first : first + 4] == clean[12:]
         assert clean[first + 4] == answer != wrong and wrong in clean
         assert len(set(corrupted)) == 16 and len(set(clean[:12])) == 12
-    with pytest.raises(UserError, match="and 9 different ones, here are 8 and 5: give another"):
+    sentence = "takes 6 tokens of context and 9 different ones, here are 8 and 5: give another model"
+    with pytest.raises(UserError, match=sentence):
         induction(vocab_size=5, block_size=8, n=1, seed=0)
 
 
