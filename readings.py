@@ -259,9 +259,9 @@ def rules(symbols, roles, query, is_open):
 
 
 def simplest_rule(symbols, roles, query, is_open, tolerance=0.005):
-    """(words, agreement) of the rule that agrees best with is_open, (N,) bool: one of
-    `rules`, or two joined by "and". It is chosen on one half of the examples, the simplest that is worse than
-    the best by no more than the tolerance; the agreement is measured on the other half."""
+    """(words, agreement) of the rule that agrees best with is_open, (N,) bool: one of `rules`, or two joined
+    by "and". It is chosen on one half of the examples, the simplest that is worse than the best by no more
+    than the tolerance; the agreement is measured on the other half."""
     order = np.random.default_rng(0).permutation(len(symbols))
     symbols, is_open, n = symbols[order], is_open[order], len(symbols) // 2  # the first n choose
     complexity, words, holds = map(np.array, zip(*rules(symbols, roles, query, is_open[:n])))
